@@ -65,18 +65,26 @@ def faults(path:Path) -> list[str]:
     if not any(o.outputs for o in cells) and any(map(shows, cells)): res.append('not run: no cell has an output')
     return res
 
-def made(root:Path, nbs:str, lib:str) -> dict[str, bytes]:
-    "All files that the build makes or tidies, by path."
-    files = [root/'README.md', *(root/nbs).rglob('*.ipynb'), *(root/lib).rglob('*.py'), *(root/'tests').glob('*.py')]
-    found = {o.relative_to(root).as_posix(): o.read_bytes() for o in files if o.is_file()}
-    return {k: v for k, v in found.items() if k.endswith(('.ipynb', '__init__.py', '_modidx.py')) or MADE.search(v)}
+def read(root:Path, nbs:str, lib:str) -> dict[str, bytes]:
+    "All files that the build looks at, by path."
+    files = [root/'settings.ini', root/'README.md', *(root/nbs).rglob('*.ipynb'), *(root/lib).rglob('*.py'), *(root/'tests').glob('*.py')]
+    return {o.relative_to(root).as_posix(): o.read_bytes() for o in files if o.is_file()}
+
+def made(files:dict[str, bytes]) -> dict[str, bytes]:
+    "Those that it makes or tidies."
+    return {k: v for k, v in files.items() if k.endswith(('.ipynb', '__init__.py', '_modidx.py')) or MADE.search(v)}
+
+def write(root:Path, files:dict[str, bytes]):
+    for k, v in files.items():
+        (root/k).parent.mkdir(parents=True, exist_ok=True)
+        (root/k).write_bytes(v)
 
 def notebooks(root:Path, nbs:str) -> list[Path]:
     return sorted(o for o in (root/nbs).rglob('*.ipynb') if not any(p[0] in '._' for p in o.relative_to(root).parts))
 
 def generate(root:Path, nbs:str, lib:str):
     "Make everything anew in `root`."
-    for o in made(root, nbs, lib):
+    for o in made(read(root, nbs, lib)):
         if not o.endswith(('.ipynb', '__init__.py')): (root/o).unlink()
     tool('nbdev_clean', root)
     tool('nbdev_export', root)
@@ -87,22 +95,28 @@ def generate(root:Path, nbs:str, lib:str):
         if text: (root/'tests'/f'test_{path.stem}.py').write_text(text, encoding='utf-8')
     if (root/nbs/'index.ipynb').exists(): (root/'README.md').write_text(make_readme(root/nbs/'index.ipynb'), encoding='utf-8')
 
+def why(k:str, old:dict, new:dict) -> str:
+    "What is wrong with the file `k`."
+    if k not in new: return 'made from nothing any more'
+    if k not in old: return 'missing'
+    return 'not clean' if k.endswith('.ipynb') else 'not as the notebooks give it'
+
 def build(root:Path, check:bool) -> list[str]:
     "Bring `root` up to date, or with `check` only say in what it is not. One line a fault."
     cfg = configparser.ConfigParser()
     cfg.read(root/'settings.ini', encoding='utf-8')
     nbs, lib = cfg['DEFAULT']['nbs_path'], cfg['DEFAULT']['lib_path']
+    files = read(root, nbs, lib)
     with tempfile.TemporaryDirectory() as tmp:
-        new = Path(tmp)/'new'
-        shutil.copytree(root, new, ignore=lambda d, fs: [] if Path(d) != root else set(fs) - {'settings.ini', 'README.md', 'tests', nbs, lib})
-        generate(new, nbs, lib)
-        old, fresh = made(root, nbs, lib), made(new, nbs, lib)
-    changed = sorted(k for k in old.keys() | fresh.keys() if old.get(k) != fresh.get(k))
+        write(Path(tmp), files)
+        generate(Path(tmp), nbs, lib)
+        old, new = made(files), made(read(Path(tmp), nbs, lib))
+    changed = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k))
     if not check:
-        for k in changed: (root/k).parent.mkdir(exist_ok=True); (root/k).write_bytes(fresh[k]) if k in fresh else (root/k).unlink()
-    why = lambda k: 'made from nothing any more' if k not in fresh else 'not clean' if k.endswith('.ipynb') else 'missing' if k not in old else 'not as the notebooks give it'
+        write(root, {k: new[k] for k in changed if k in new})
+        for k in old.keys() - new.keys(): (root/k).unlink()
     bad = [f'{o.relative_to(root)}: {f}' for o in notebooks(root, nbs) for f in faults(o)]
-    return bad + [f'{k}: {why(k)}' for k in changed] if check else bad
+    return bad + [f'{k}: {why(k, old, new)}' for k in changed] if check else bad
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

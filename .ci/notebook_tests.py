@@ -122,6 +122,18 @@ def name_apart(sections:list[Section], taken:set[str]):
 
 # --- names that sections share
 
+def flat(body):
+    "The simple statements of `body` in order, loops and blocks opened up."
+    for o in body:
+        if isinstance(o, ast.For): yield ast.Assign([o.target], o.iter, lineno=0)
+        elif isinstance(o, ast.With): yield from (ast.Assign([i.optional_vars], i.context_expr, lineno=0) if i.optional_vars else ast.Expr(i.context_expr) for i in o.items)
+        elif isinstance(o, (ast.If, ast.While)): yield ast.Expr(o.test)
+        else:
+            yield o
+            continue
+        yield from flat(o.body)
+        yield from flat(getattr(o, 'orelse', []))
+
 def names(stmt) -> tuple[set, set, set]:
     "What a top-level statement binds, reads at once, and reads later from inside a function or class."
     table = symtable.symtable(ast.unparse(stmt), '<cell>', 'exec')
@@ -132,10 +144,7 @@ def names(stmt) -> tuple[set, set, set]:
         for c in t.get_children(): visit(c, out)
     for c in table.get_children():
         visit(c, now if c.get_name().strip('<>') in ('listcomp', 'setcomp', 'dictcomp', 'genexpr', 'lambda') else later)
-    for o in ast.walk(stmt):
-        targets = [o.target] if isinstance(o, ast.For) else [i.optional_vars for i in o.items if i.optional_vars] if isinstance(o, ast.With) else []
-        now -= {n.id for t in targets for n in ast.walk(t) if isinstance(n, ast.Name)}
-    changed = [o.target for o in ast.walk(stmt) if isinstance(o, ast.AugAssign)] + [t for o in ast.walk(stmt) if isinstance(o, ast.Delete) for t in o.targets]
+    changed = [stmt.target] if isinstance(stmt, ast.AugAssign) else stmt.targets if isinstance(stmt, ast.Delete) else []
     return binds, now | {o.id for o in changed if isinstance(o, ast.Name)}, later
 
 def shared_names(sections:list[Section]) -> list[list[str]]:
@@ -143,7 +152,7 @@ def shared_names(sections:list[Section]) -> list[list[str]]:
     bound, needed, later = [], set(), set()
     for s in sections:
         mine = set()
-        for stmt in s.body:
+        for stmt in flat(s.body):
             b, n, l = names(stmt)
             needed |= (n | l) - mine
             later |= l
@@ -189,7 +198,7 @@ def make_test(root:Path, lib:str, path:Path) -> str:
     name_apart(sections, set(used))
     imports += own_imports(root, lib, nb, used)
     if 'display' in used: imports.append('from IPython.display import display')
-    if any(o.real for o in sections): imports += ['import os', 'import pytest', '', REAL]
+    if any(o.real for o in sections): imports = ['import os, pytest', *imports, '', REAL]
     imports.sort(key=lambda o: not o.startswith('from __future__'))
     res = [HEADER.format(nb=path.relative_to(root).as_posix()) + '\n'.join(dict.fromkeys(imports))]
     for s, shared in zip(sections, shared_names(sections)):

@@ -3,6 +3,7 @@ import os
 import sys
 
 os.environ.setdefault('MPLBACKEND', 'agg')
+if os.environ.get('MARSCLR_DATA'): os.environ['MARSCLR_DATA'] = os.path.abspath(os.environ['MARSCLR_DATA'])
 
 import pytest
 
