@@ -21,7 +21,7 @@ def relink(text:str, folder:str) -> str:
         if re.match(r'[a-z]+:|[#/]', m[2]): return m[0]
         return m[1] + posixpath.normpath(posixpath.join(folder, m[2])) + m[3]
     blocks = re.split(r'(^```.*?^```)', text, flags=re.M | re.S)
-    link = re.compile(r'(\]\(\s*)([^)\s]+)((?:\s+"[^"]*")?\s*\))|(?!)')
+    link = re.compile(r'(\]\(\s*)([^)\s]+)((?:\s+"[^"]*")?\s*\))')
     src = re.compile(r'(<(?:img|a)\b[^>]*?(?:src|href)=["\'])([^"\']+)(["\'])')
     return ''.join(o if i % 2 else src.sub(fix, link.sub(fix, o)) for i, o in enumerate(blocks))
 

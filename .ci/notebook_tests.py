@@ -19,7 +19,7 @@ class BuildError(Exception): "What is wrong with a notebook, in one line."
 
 def directives(cell) -> dict[str, str]:
     "The `#| name value` lines that open a cell."
-    lines = re.match(r'(\s*(#.*)?\n)*(\s*#.*)?', cell.source).group().splitlines()
+    lines = re.match(r'([ \t]*(#.*)?\n)*([ \t]*#.*)?', cell.source).group().splitlines()
     words = [m.group(1).split(maxsplit=1) for o in lines if (m := re.match(r'\s*#\s*\|\s*(\S.*)', o))]
     return {o[0].rstrip(':'): (o[1:] or [''])[0].strip() for o in words}
 
@@ -126,7 +126,8 @@ def flat(body):
     "The simple statements of `body` in order, loops and blocks opened up."
     for o in body:
         if isinstance(o, ast.For): yield ast.Assign([o.target], o.iter, lineno=0)
-        elif isinstance(o, ast.With): yield from (ast.Assign([i.optional_vars], i.context_expr, lineno=0) if i.optional_vars else ast.Expr(i.context_expr) for i in o.items)
+        elif isinstance(o, ast.With):
+            for i in o.items: yield ast.Assign([i.optional_vars], i.context_expr, lineno=0) if i.optional_vars else ast.Expr(i.context_expr)
         elif isinstance(o, (ast.If, ast.While)): yield ast.Expr(o.test)
         else:
             yield o
@@ -134,16 +135,22 @@ def flat(body):
         yield from flat(o.body)
         yield from flat(getattr(o, 'orelse', []))
 
+class Generators(ast.NodeTransformer):
+    "Turn comprehensions into generators: a scope of their own in each version of Python."
+    def visit_ListComp(self, o): return self.generic_visit(ast.GeneratorExp(o.elt, o.generators))
+    visit_SetComp = visit_ListComp
+    def visit_DictComp(self, o): return self.generic_visit(ast.GeneratorExp(ast.Tuple([o.key, o.value], ast.Load()), o.generators))
+
 def names(stmt) -> tuple[set, set, set]:
     "What a top-level statement binds, reads at once, and reads later from inside a function or class."
-    table = symtable.symtable(ast.unparse(stmt), '<cell>', 'exec')
+    table = symtable.symtable(ast.unparse(Generators().visit(stmt)), '<cell>', 'exec')
     binds = {o.get_name() for o in table.get_symbols() if o.is_assigned() or o.is_imported()}
     now, later = {o.get_name() for o in table.get_symbols() if o.is_referenced()}, set()
     def visit(t, out):
         out |= {o.get_name() for o in t.get_symbols() if o.is_global()}
         for c in t.get_children(): visit(c, out)
     for c in table.get_children():
-        visit(c, now if c.get_name().strip('<>') in ('listcomp', 'setcomp', 'dictcomp', 'genexpr', 'lambda') else later)
+        visit(c, now if c.get_name().strip('<>') in ('genexpr', 'lambda') else later)
     changed = [stmt.target] if isinstance(stmt, ast.AugAssign) else stmt.targets if isinstance(stmt, ast.Delete) else []
     return binds, now | {o.id for o in changed if isinstance(o, ast.Name)}, later
 
