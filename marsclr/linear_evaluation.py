@@ -42,7 +42,7 @@ def fit_logistic(
     best = models[int(np.argmin(loss))]
     return lambda o: best.predict(scale.transform(o)), best.C
 
-# %% ../nbs/06_linear_evaluation.ipynb #534ff59e
+# %% ../nbs/06_linear_evaluation.ipynb #2a9d0b7e
 def fit_layers(
     x:dict,       # 'train' features, (N, D)
     y:dict,       # 'train' labels, (N,)
@@ -56,7 +56,7 @@ def fit_layers(
     scale = StandardScaler().fit(x['train'])
     def tensor(o): return torch.tensor(scale.transform(o), dtype=torch.float32)
     data = TensorDataset(tensor(x['train']), torch.tensor(y['train']))
-    dls = DataLoaders(DataLoader(data, bs=128, shuffle=True), [], device='cpu')
+    dls = DataLoaders(DataLoader(data, bs=128, shuffle=True), DataLoader([], bs=1), device='cpu')
     d,c = x['train'].shape[1], int(y['train'].max())+1
     model = nn.Sequential(nn.Linear(d, hidden), nn.ReLU(), nn.Linear(hidden, c)) if hidden else nn.Linear(d, c)
     learn = Learner(dls, model, CrossEntropyLossFlat(), opt_func=adam, lr=lr)

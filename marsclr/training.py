@@ -7,7 +7,7 @@ __all__ = ['PackLoader', 'TwoViews', 'Autocast', 'lr_at', 'Schedule', 'Contrasti
            'knn_accuracy', 'OnlineKnn', 'RunFolder', 'pretrain', 'make_config', 'open_run', 'learner_from',
            'run_status', 'RunProgress', 'RunLines']
 
-# %% ../nbs/04_training.ipynb #95395383
+# %% ../nbs/04_training.ipynb #de22b4b2
 import csv, math, pickle, sys, time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -22,6 +22,7 @@ from fastai.learner import Learner
 from fastai.optimizer import OptimWrapper
 from fastai.torch_core import default_device, to_device
 from fastcore.basics import patch
+from fastcore.foundation import L
 from fastcore.imports import IN_NOTEBOOK
 from fastprogress.fastprogress import format_time
 from . import __version__
@@ -134,7 +135,7 @@ class ContrastiveLearner(Learner):
             self._with_events(self._do_epoch, 'epoch', CancelEpochException)
             self.dls.train.start = 0
 
-# %% ../nbs/04_training.ipynb #16572dd3
+# %% ../nbs/04_training.ipynb #d76945c6
 def adam(
     params,      # what to optimise
     weight_decay=1e-6, # L2, as in torch's Adam
@@ -165,7 +166,7 @@ def contrastive_learner(
     if clusters is not None and len(clusters) != len(pack): raise MarsclrError(f'{len(clusters)} cluster ids for a pack of {len(pack)} images')
     device = torch.device(device or default_device())
     loader = PackLoader(pack, bs, seed, device)
-    cbs = [TwoViews(views or Views(), seed, clusters), Schedule(lr, schedule, warmup), *([Autocast()] if bf16 else []), *cbs]
+    cbs = [TwoViews(views or Views(), seed, clusters), Schedule(lr, schedule, warmup), *([Autocast()] if bf16 else []), *L(cbs)]
     learn = ContrastiveLearner(DataLoaders(loader, loader, device=device), model.to(device, memory_format=torch.channels_last), loss, opt_func=opt_func, lr=lr, cbs=cbs)
     learn.recorder.valid_metrics = False
     return learn
