@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['NTXentLoss', 'DCLLoss', 'ClusterAwareLoss', 'EliminationLoss', 'AttractionLoss', 'losses', 'contrastive_loss',
-           'ContrastiveLoss']
+           'gather', 'ContrastiveLoss']
 
-# %% ../nbs/03_losses.ipynb #53425133
+# %% ../nbs/03_losses.ipynb #4130d695
 from functools import partial
 
-import torch, torch.nn.functional as F
+import torch, torch.distributed as dist, torch.nn.functional as F
 from torch import nn
+from torch.distributed.nn.functional import all_gather
 from .core import MarsclrError
 
 # %% ../nbs/03_losses.ipynb #3980eeb4
@@ -43,7 +44,18 @@ def _masks(ids, clusters, positives, negatives, itself):
     other = ~itself if negatives == 'view' else ~same(clusters)
     return positive, other
 
-# %% ../nbs/03_losses.ipynb #41a7008e
+# %% ../nbs/03_losses.ipynb #620d7512
+def gather(
+    x:torch.Tensor, # (M, ...) of this process
+) -> torch.Tensor: # (processes * M, ...) of all; with gradient, where `x` has one
+    "Put together what all processes hold; on a single one, `x` itself"
+    if not (dist.is_available() and dist.is_initialized()): return x
+    if x.requires_grad: return torch.cat(all_gather(x.contiguous()))
+    out = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+    dist.all_gather(out, x.contiguous())
+    return torch.cat(out)
+
+# %% ../nbs/03_losses.ipynb #311fd8ea
 class ContrastiveLoss(nn.Module):
     "A contrastive loss with named switches: which pairs are positives, which views negatives, and whether the positive stands in the denominator"
     def __init__(self,
@@ -70,6 +82,7 @@ class ContrastiveLoss(nn.Module):
         if self.needs_clusters and clusters is None: raise MarsclrError('this loss needs cluster ids, one a view')
         for o in (ids, clusters):
             if o is not None and o.shape != z.shape[:1]: raise MarsclrError(f'{len(z)} projections with ids of shape {tuple(o.shape)}: give one id a view')
+        z,ids,clusters = gather(z), gather(ids), None if clusters is None else gather(clusters)
         loss,self.lonely = contrastive_loss(z, ids, clusters, self.temperature, self.positives, self.negatives, self.positive_below)
         return loss
 

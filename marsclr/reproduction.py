@@ -21,8 +21,8 @@ from .marsyard import write_marsyard
 from .packing import Pack, load_pack, pack_archive
 from .training import pretrain
 
-# %% ../nbs/08_reproduction.ipynb #25059a33
-laptop = dict(backbone='resnet18', image_size=64, epochs=10, batch_size=128, temperature=.2, lr=1e-3, optimizer='adamw', schedule='cosine', warmup=100,
+# %% ../nbs/08_reproduction.ipynb #4a4729af
+laptop = dict(backbone='resnet18', image_size=64, epochs=9, batch_size=64, temperature=.2, lr=1e-3, optimizer='adamw', schedule='cosine', warmup=100,
               crop_min=.05, crop_max=.5, colour_strength=.5)
 
 presets = dict(smoke=dict(

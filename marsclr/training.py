@@ -135,15 +135,15 @@ class ContrastiveLearner(Learner):
             self._with_events(self._do_epoch, 'epoch', CancelEpochException)
             self.dls.train.start = 0
 
-# %% ../nbs/04_training.ipynb #d76945c6
+# %% ../nbs/04_training.ipynb #220d2f13
 def adam(
     params,      # what to optimise
     weight_decay=1e-6, # L2, as in torch's Adam
     decoupled=False,   # AdamW's weight decay instead
     **kwargs     # lr
 ): # a fastai optimiser
-    "torch's Adam (the paper's, with its coupled weight decay) or AdamW"
-    return OptimWrapper(params, torch.optim.AdamW if decoupled else torch.optim.Adam, weight_decay=weight_decay, **kwargs)
+    "torch's fused Adam (the paper's, with its coupled weight decay) or AdamW"
+    return OptimWrapper(params, torch.optim.AdamW if decoupled else torch.optim.Adam, weight_decay=weight_decay, fused=True, **kwargs)
 
 def contrastive_learner(
     pack:Pack,             # images to learn from

@@ -1,0 +1,150 @@
+"The console scripts as their users meet them: what they offer, and one clear line where the input is bad."
+import inspect
+import json
+import multiprocessing
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+from contextlib import suppress
+from importlib.metadata import entry_points
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from marsclr.marsyard import write_marsyard
+
+scripts = {o.name: o for o in entry_points(group='console_scripts') if o.name.startswith('marsclr_')}
+forks = multiprocessing.get_context('forkserver')  # imports torch once; each command is then a process of its own, without the wait
+forks.set_forkserver_preload([o.module for o in scripts.values()])
+SMALL = '--backbone resnet10t --image_size 32 --batch_size 16 --epochs 1 --device cpu'
+BAD = [o.split(' -> ') for o in (Path(__file__).parent/'bad_input.txt').read_text().splitlines() if o and o[0] != '#']
+
+
+def execute(folder, line, out):
+    "What the script does, in a process that multiprocessing made"
+    for fd, name in ((1, 'stdout'), (2, 'stderr')): os.dup2(os.open(out/name, os.O_CREAT | os.O_WRONLY), fd)
+    os.chdir(folder)
+    os.environ['MARSCLR_DATA'] = 'nowhere'
+    sys.argv = line.replace('SMALL', SMALL).split()
+    sys.exit(scripts[sys.argv[0]].load()())
+
+
+def call(folder, line, out):
+    "Exit status, standard output and standard error of a command line that is run in `folder`"
+    process = forks.Process(target=execute, args=(folder, line, out))
+    process.start()
+    process.join(120)
+    if process.exitcode is None: process.kill()
+    return process.exitcode, (out/'stdout').read_text(), (out/'stderr').read_text()
+
+
+class Crafted:
+    "Pickled, it makes a folder named `ran` where it is loaded"
+    def __reduce__(self): return os.mkdir, ('ran',)
+
+
+def copy_pack(base, name): return Path(shutil.copytree(base/'yard.pack', base/name))
+
+
+def copy_run(base, name, files):
+    "A run of the same configuration, with other bytes in its checkpoint or encoder"
+    (base/name).mkdir()
+    shutil.copy(base/'run'/'config.json', base/name)
+    for file, content in files.items(): (base/name/file).write_bytes(content)
+
+
+def spoil(base):
+    "Everything that is wrong, each thing in a place of its own"
+    (base/'empty').mkdir()
+    (base/'truncated').mkdir()
+    image = next((base/'yard'/'images').iterdir()).read_bytes()
+    (base/'truncated'/'half.jpg').write_bytes(image[:len(image)//2])
+    for name, line in (('stray', 'nobody.jpg 1'), ('outside', 'nobody.jpg 99')):
+        shutil.copytree(base/'yard', base/name)
+        with open(base/name/'train-set-v2.1.txt', 'a') as f: f.write(line + '\n')
+    (copy_pack(base, 'imageless.pack')/'images.npy').unlink()
+    for name, size in (('short.pack', 5000), ('hollow.pack', 0)): os.truncate(copy_pack(base, name)/'images.npy', size)
+    np.save(copy_pack(base, 'crafted.pack')/'images.npy', np.array([Crafted()], dtype=object), allow_pickle=True)
+    (copy_pack(base, 'broken.pack')/'pack.json').write_text('{"name": ')
+    (copy_pack(base, 'keyless.pack')/'pack.json').write_text('{"name": "yard"}')
+    (copy_pack(base, 'tableless.pack')/'table.csv').write_text('')
+    half = {o.name: o.read_bytes()[:o.stat().st_size//2] for o in (base/'run').iterdir() if o.suffix in ('.pt', '.safetensors')}
+    copy_run(base, 'cut', half)
+    copy_run(base, 'stopped', {'checkpoint.pt': half['checkpoint.pt']})
+    copy_run(base, 'hollow', {'checkpoint.pt': b''})
+    copy_run(base, 'crafted', {'checkpoint.pt': pickle.dumps(dict(model=Crafted()), 2)})
+    for name, model in (('crafted-zip', Crafted()), ('foreign', {})):
+        copy_run(base, name, {})
+        torch.save(dict(model=model, opt={}, epoch=0, step=0, total=torch.zeros(())), base/name/'checkpoint.pt')
+    np.savez(base/'crafted.npz', ids=np.array([Crafted()], dtype=object))
+
+
+GOOD = ['marsclr_pack msl yard.pack --root yard --size 32', 'marsclr_pack msl other.pack --root other --size 32',
+        'marsclr_pack folder plain.pack --root yard --size 32', 'marsclr_cluster other.pack other.npz --backbone resnet10t --clusters 5',
+        'marsclr_pretrain yard.pack run SMALL', 'marsclr_cluster yard.pack found.npz --run run --clusters 5',
+        'marsclr_pretrain yard.pack run2 SMALL --loss cluster_aware --clusters found.npz', 'marsclr_probe run2 yard.pack']
+
+
+@pytest.fixture(scope='module')
+def base(tmp_path_factory):
+    "A folder with two archives, and with what a user makes of them from command to command"
+    base = tmp_path_factory.mktemp('base')
+    for seed, name in enumerate(('yard', 'other')): write_marsyard(base/name, n=64, size=32, n_classes=3, seed=seed)
+    for line in GOOD:
+        status, _, err = call(base, line, tmp_path_factory.mktemp('out'))
+        assert status == 0, f'{line}: {err}'
+    spoil(base)
+    return base
+
+
+def state(base):
+    "All files, hidden ones too, and when each was written last; all folders"
+    return {p.relative_to(base).as_posix(): p.stat().st_mtime_ns if p.is_file() else 'folder' for p in base.rglob('*')}
+
+
+@pytest.mark.parametrize('name', scripts)
+def test_help_names_every_option(name, tmp_path):
+    status, text, err = call(tmp_path, f'{name} --help', tmp_path)
+    assert status == 0, err
+    function = inspect.unwrap(scripts[name].load())
+    assert function.__doc__ in ' '.join(text.split())
+    for k, v in inspect.signature(function).parameters.items(): assert (k if v.default is v.empty else f'--{k}') in text.split()
+
+
+def test_the_installed_script_is_what_the_other_tests_call(base, tmp_path):
+    script, line = Path(sys.executable).parent/'marsclr_cluster', 'marsclr_cluster empty new.npz'
+    done = subprocess.run([script, *line.split()[1:]], cwd=base, capture_output=True, text=True)
+    status, out, err = call(base, line, tmp_path)
+    assert (done.returncode, done.stdout, done.stderr.splitlines()[-1]) == (status, out, err.splitlines()[-1])
+
+
+def test_five_commands_are_installed():
+    assert sorted(scripts) == [f'marsclr_{o}' for o in ('cluster', 'pack', 'pretrain', 'probe', 'reproduce')]
+
+
+def test_the_commands_make_what_they_promise(base):
+    assert json.loads((base/'yard.pack'/'pack.json').read_text())['images'] == 64
+    assert {o.name for o in (base/'run').iterdir()} == {'config.json', 'log.csv', 'checkpoint.pt', 'encoder.safetensors'}
+    assert 0 <= json.loads((base/'run2'/'probe-yard.pack'/'summary.json').read_text())['accuracy'] <= 1
+
+
+@pytest.mark.parametrize('name', ['crafted', 'crafted-zip'])
+def test_a_crafted_checkpoint_would_run_if_loaded_carelessly(base, name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with suppress(RuntimeError): torch.load(base/name/'checkpoint.pt', weights_only=False)
+    assert (tmp_path/'ran').is_dir()
+
+
+@pytest.mark.parametrize('line, message', BAD)
+def test_bad_input_is_one_line_and_leaves_nothing(base, tmp_path, line, message):
+    before, name = state(base), line.split()[0]
+    status, _, err = call(base, line, tmp_path)
+    assert 'Traceback' not in err, err[-2000:]
+    assert status == (2 if message.startswith('error: ') else 1)
+    assert err.splitlines()[-1].startswith(f'{name}: ') and message in err.splitlines()[-1], err
+    assert [o for o in err.splitlines() if o.startswith(f'{name}: ')] == err.splitlines()[-1:]
+    assert state(base) == before
