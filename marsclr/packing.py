@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['layouts', 'decode', 'read_image', 'fingerprint', 'Pack', 'concat_packs', 'load_pack', 'pack_archive', 'marsclr_pack']
 
-# %% ../nbs/00b_packing.ipynb #40a07b4f
+# %% ../nbs/00b_packing.ipynb #7e4bf32c
 import hashlib, io
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np, pandas as pd, torch
 from fastprogress import progress_bar
 from PIL import Image, ImageOps
-from .core import MarsclrError, command, data_root, read_json, whole, write_json
+from .core import MarsclrError, command, one_line, read_json, whole, write_json
 from .datasets import Archive, columns, hirise, image_folder, imagenet, msl, rovers
 
 # %% ../nbs/00b_packing.ipynb #f140c8e4
@@ -98,7 +98,7 @@ def concat_packs(
         arrays += p.arrays
     return Pack(arrays, pd.concat(tables, ignore_index=True), classes, ' + '.join(p.name for p in packs), np.concatenate(index))
 
-# %% ../nbs/00b_packing.ipynb #aa4b8053
+# %% ../nbs/00b_packing.ipynb #c2b37f07
 def load_pack(
     path, # a pack folder
 ) -> Pack:
@@ -106,11 +106,13 @@ def load_pack(
     path = Path(path)
     if not (path/'pack.json').is_file(): raise MarsclrError(f'{path} is not a pack (no pack.json): make one with marsclr_pack')
     meta = read_json(path/'pack.json')
-    table = pd.read_csv(path/'table.csv', keep_default_na=False, na_values={'time': ['']},
-                        dtype={c: str for c in ('path', 'domain', 'split', 'rover', 'camera', 'sequence', 'sha256')})
-    images = np.load(path/'images.npy', mmap_mode='r')
-    pack = Pack([images], table, meta['classes'], meta['name'])
-    if len(images) != len(table) or pack.fingerprint != meta['fingerprint']:
+    try:
+        table = pd.read_csv(path/'table.csv', keep_default_na=False, na_values={'time': ['']},
+                            dtype={c: str for c in ('path', 'domain', 'split', 'rover', 'camera', 'sequence', 'sha256')})
+        images = np.load(path/'images.npy', mmap_mode='r')
+        pack = Pack([images], table, meta['classes'], meta['name'])
+    except (OSError, EOFError, ValueError, KeyError, AttributeError) as e: raise MarsclrError(f'{path} is damaged ({one_line(e)}): pack again') from e
+    if len(images) != len(table) or pack.fingerprint != meta.get('fingerprint'):
         raise MarsclrError(f'{path} is damaged: images.npy, table.csv and pack.json do not belong together; pack again')
     return pack
 
@@ -157,7 +159,7 @@ def pack_archive(
                                          classes=archive.classes, fingerprint=fingerprint(table, size)))
     return load_pack(to)
 
-# %% ../nbs/00b_packing.ipynb #704006c4
+# %% ../nbs/00b_packing.ipynb #3cb18c4b
 layouts = dict(folder=image_folder, msl=msl, hirise=hirise, imagenet=imagenet, rovers=rovers)
 
 @command
@@ -171,6 +173,7 @@ def marsclr_pack(
     "Decode an archive of images once, into a pack that every other command reads"
     if layout not in layouts: raise MarsclrError(f'layout {layout!r} is not known: choose from {" ".join(layouts)}')
     if layout == 'folder' and not root: raise MarsclrError('layout folder needs --root: the folder of images')
+    if workers < 0: raise MarsclrError(f'--workers {workers}: give 0 or more')
     if Path(to).exists(): raise MarsclrError(f'{to} exists: remove it or give another folder')
     pack = pack_archive(layouts[layout](root or None), to, size, workers or None, progress=True)
     bad = read_json(Path(to)/'pack.json')['quarantined']

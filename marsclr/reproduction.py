@@ -6,14 +6,14 @@
 __all__ = ['laptop', 'presets', 'make_packs', 'make_encoders', 'report_clusters', 'probe_all', 'accuracy_figure', 'reproduce',
            'marsclr_reproduce']
 
-# %% ../nbs/08_reproduction.ipynb #0a9a1733
+# %% ../nbs/08_reproduction.ipynb #7b6654ec
 import time
 from pathlib import Path
 
 import numpy as np, pandas as pd, torch
 from matplotlib import pyplot as plt
 from .clustering import feature_clusters, label_clusters, load_clusters, pair_quality
-from .core import MarsclrError, command, data_root, whole
+from .core import MarsclrError, command, whole
 from .datasets import hirise, msl, rovers
 from .encoders import create_encoder, encode, load_encoder
 from .linear_evaluation import probe
@@ -21,8 +21,8 @@ from .marsyard import write_marsyard
 from .packing import Pack, load_pack, pack_archive
 from .training import pretrain
 
-# %% ../nbs/08_reproduction.ipynb #4a4729af
-laptop = dict(backbone='resnet18', image_size=64, epochs=9, batch_size=64, temperature=.2, lr=1e-3, optimizer='adamw', schedule='cosine', warmup=100,
+# %% ../nbs/08_reproduction.ipynb #df5b1a40
+laptop = dict(backbone='resnet18', image_size=64, epochs=8, batch_size=64, temperature=.2, lr=1e-3, optimizer='adamw', schedule='cosine', warmup=100,
               crop_min=.05, crop_max=.5, colour_strength=.5)
 
 presets = dict(smoke=dict(
@@ -51,7 +51,7 @@ def make_packs(
     else: raise MarsclrError(f'data {data!r} is not known: choose from marsyard msl')
     return {k: _pack(a, to/f'{k.split()[0].lower()}.pack', size) for k,a in archives.items()}
 
-# %% ../nbs/08_reproduction.ipynb #2c6a08a6
+# %% ../nbs/08_reproduction.ipynb #acd8c7c0
 def make_encoders(
     packs:dict,    # what `make_packs` made
     to:Path,       # where runs and clusters are to lie
@@ -69,7 +69,7 @@ def make_encoders(
     found = clusters('found', lambda: feature_clusters(encode(load_encoder(eq1), pool), pool, settings['clusters'], seed))
     true = clusters('true', lambda: label_clusters(pool))
     report_clusters(dict(found=found, true=true), pool, to/f'clusters-seed{seed}.csv')
-    runs = {'eq. 1': eq1, f'eq. 2, found clusters': run('eq2-found', loss='cluster_aware', clusters=str(to/f'found-seed{seed}.npz')),
+    runs = {'eq. 1': eq1, 'eq. 2, found clusters': run('eq2-found', loss='cluster_aware', clusters=str(to/f'found-seed{seed}.npz')),
             'eq. 2, true classes': run('eq2-true', loss='cluster_aware', clusters=str(to/f'true-seed{seed}.npz'))}
     def random():
         torch.manual_seed(seed)

@@ -7,8 +7,8 @@ __all__ = ['PackLoader', 'TwoViews', 'Autocast', 'lr_at', 'Schedule', 'Contrasti
            'knn_accuracy', 'OnlineKnn', 'RunFolder', 'pretrain', 'make_config', 'open_run', 'learner_from',
            'run_status', 'RunProgress', 'RunLines']
 
-# %% ../nbs/04_training.ipynb #de22b4b2
-import csv, math, pickle, sys, time
+# %% ../nbs/04_training.ipynb #b02b07c6
+import csv, math, pickle, shutil, sys, time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,7 @@ from fastai.data.core import DataLoaders
 from fastai.distributed import DistributedDL, num_distrib, rank_distrib
 from fastai.learner import Learner
 from fastai.optimizer import OptimWrapper
-from fastai.torch_core import default_device, to_device
+from fastai.torch_core import to_device
 from fastcore.basics import patch
 from fastcore.foundation import L
 from fastcore.imports import IN_NOTEBOOK
@@ -28,12 +28,12 @@ from fastprogress.fastprogress import format_time
 from . import __version__
 from .augmentations import Views
 from .clustering import load_clusters
-from .core import MarsclrError, epoch_order, read_json, whole, write_json
-from .encoders import ContrastiveModel, create_encoder, encode, projection_head, save_encoder
+from .core import MarsclrError, one_line, epoch_order, read_json, whole, write_json
+from .encoders import ContrastiveModel, create_encoder, encode, pick_device, projection_head, save_encoder
 from .losses import losses
 from .packing import Pack, concat_packs, load_pack
 
-# %% ../nbs/04_training.ipynb #0e3ee459
+# %% ../nbs/04_training.ipynb #6208d605
 class PackLoader(DistributedDL):
     "The batches of an epoch as a pure function of (seed, epoch); each process gets its part of every global batch"
     def __init__(self,
@@ -43,6 +43,7 @@ class PackLoader(DistributedDL):
         device=None, # where batches go
     ):
         world = max(num_distrib(), 1)
+        if bs < 1: raise MarsclrError(f'a batch of {bs} images: give at least 1')
         if bs > len(pack): raise MarsclrError(f'a batch of {bs} images is larger than the pack ({len(pack)} images)')
         if bs % world: raise MarsclrError(f'a batch of {bs} images cannot be divided among {world} processes')
         self.pack,self.bs,self.seed,self.device = pack,bs,seed,device
@@ -135,7 +136,7 @@ class ContrastiveLearner(Learner):
             self._with_events(self._do_epoch, 'epoch', CancelEpochException)
             self.dls.train.start = 0
 
-# %% ../nbs/04_training.ipynb #220d2f13
+# %% ../nbs/04_training.ipynb #7a2e9b5a
 def adam(
     params,      # what to optimise
     weight_decay=1e-6, # L2, as in torch's Adam
@@ -164,7 +165,7 @@ def contrastive_learner(
     "A fastai `Learner` for contrastive pretraining"
     if getattr(loss, 'needs_clusters', False) and clusters is None: raise MarsclrError('this loss needs clusters: make them with marsclr_cluster')
     if clusters is not None and len(clusters) != len(pack): raise MarsclrError(f'{len(clusters)} cluster ids for a pack of {len(pack)} images')
-    device = torch.device(device or default_device())
+    device = pick_device(device)
     loader = PackLoader(pack, bs, seed, device)
     cbs = [TwoViews(views or Views(), seed, clusters), Schedule(lr, schedule, warmup), *([Autocast()] if bf16 else []), *L(cbs)]
     learn = ContrastiveLearner(DataLoaders(loader, loader, device=device), model.to(device, memory_format=torch.channels_last), loss, opt_func=opt_func, lr=lr, cbs=cbs)
@@ -203,7 +204,7 @@ class OnlineKnn(Callback):
         labels = [torch.tensor(p.table.label.to_numpy()) for p in (self.train, self.val)]
         self.accuracy = knn_accuracy(feats[0], labels[0], feats[1], labels[1])
 
-# %% ../nbs/04_training.ipynb #a9827200
+# %% ../nbs/04_training.ipynb #0d231225
 class RunFolder(Callback):
     "Checkpoint, log and resume in a run folder"
     order = 57
@@ -214,6 +215,8 @@ class RunFolder(Callback):
 
     def before_fit(self):
         self.total,self.seen = torch.zeros((), device=self.dls.device),0
+        if not rank_distrib():
+            for o in self.path.glob('.*-*/'): shutil.rmtree(o)
         if (self.path/'checkpoint.pt').is_file(): self.load()
 
     def before_epoch(self): self.began,self.before = time.perf_counter(),self.seen
@@ -234,7 +237,7 @@ class RunFolder(Callback):
 
     def after_fit(self): self.learn.first_epoch = 0
 
-# %% ../nbs/04_training.ipynb #2996bb63
+# %% ../nbs/04_training.ipynb #2af1fb62
 @patch
 def save(self:RunFolder,
     epoch:int, # the epoch to go on with
@@ -246,18 +249,19 @@ def save(self:RunFolder,
     try:
         with whole(self.path/'checkpoint.pt') as p: torch.save(state, p)
     except (OSError, RuntimeError) as e:
-        raise MarsclrError(f'{self.path}/checkpoint.pt cannot be written ({" ".join(str(e).split())[:100]}); the one before is intact') from e
+        raise MarsclrError(f'{self.path}/checkpoint.pt cannot be written ({one_line(e)}); the one before is intact') from e
 
 @patch
 def load(self:RunFolder):
     "Take up weights, optimiser and position from the checkpoint"
-    try: state = torch.load(self.path/'checkpoint.pt', map_location=self.dls.device, weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as e:
-        raise MarsclrError(f'{self.path}/checkpoint.pt cannot be read ({str(e).splitlines()[0][:100]}): remove it to start again') from e
-    _bare(self.model).load_state_dict(state['model'])
-    self.opt.load_state_dict(state['opt'])
-    self.learn.first_epoch,self.dls.train.start = state['epoch'],state['step']
-    self.total,self.seen = state['total'],state['step']
+    try:
+        state = torch.load(self.path/'checkpoint.pt', map_location=self.dls.device, weights_only=True)
+        _bare(self.model).load_state_dict(state['model'])
+        self.opt.load_state_dict(state['opt'])
+        self.learn.first_epoch,self.dls.train.start = state['epoch'],state['step']
+        self.total,self.seen = state['total'],state['step']
+    except (OSError, RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError) as e:
+        raise MarsclrError(f'{self.path}/checkpoint.pt cannot be read ({one_line(e)}): remove it to start again') from e
 
 @patch
 def log(self:RunFolder,
@@ -312,7 +316,7 @@ def pretrain(
     if rank_distrib() == 0: save_encoder(_bare(learn.model).encoder, Path(run)/'encoder.safetensors')
     return Path(run)
 
-# %% ../nbs/04_training.ipynb #288a18bf
+# %% ../nbs/04_training.ipynb #c8694942
 def make_config(
     settings:dict, # `pretrain`'s arguments
     pack:Pack,     # what to learn from
@@ -322,7 +326,8 @@ def make_config(
     choices = dict(loss=losses, optimizer=('adam', 'adamw'), schedule=('constant', 'cosine'), precision=('bf16', 'fp32'))
     for k,allowed in choices.items():
         if settings[k] not in allowed: raise MarsclrError(f'--{k} {settings[k]!r} is not known: choose from {" ".join(allowed)}')
-    if settings['epochs'] < 1: raise MarsclrError(f"--epochs {settings['epochs']}: give at least 1")
+    for k,least in dict(epochs=1, image_size=1, seed=0, lr=0, weight_decay=0, warmup=0, save_every=0).items():
+        if settings[k] < least: raise MarsclrError(f'--{k} {settings[k]:g}: give at least {least}')
     where = ('pack', 'run', 'clusters', 'save_every', 'knn', 'device')
     return dict({k: v for k,v in settings.items() if k not in where}, pack=pack.name, images=len(pack), pack_fingerprint=pack.fingerprint,
                 clusters=groups.source if groups else '', clusters_fingerprint=groups.fingerprint if groups else '', marsclr=__version__)
@@ -338,7 +343,7 @@ def open_run(
         for k in config:
             if old.get(k) != config[k] and k != 'marsclr':
                 raise MarsclrError(f'{run} is a run of another configuration ({k} is {old.get(k)!r} there, {config[k]!r} here): give another run folder')
-    elif run.exists() and any(run.iterdir()): raise MarsclrError(f'{run} exists and is not a run: give another run folder')
+    elif run.exists() and any(not o.name.startswith('.') for o in run.iterdir()): raise MarsclrError(f'{run} exists and is not a run: give another run folder')
     elif rank_distrib() == 0: write_json(run/'config.json', config)
     return not (run/'encoder.safetensors').is_file()
 

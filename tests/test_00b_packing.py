@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np, pandas as pd, torch
 from fastprogress import progress_bar
 from PIL import Image, ImageOps
-from marsclr.core import MarsclrError, command, data_root, read_json, whole, write_json
+from marsclr.core import MarsclrError, command, one_line, read_json, whole, write_json
 from marsclr.datasets import Archive, columns, hirise, image_folder, imagenet, msl, rovers
 import shutil, tempfile, time
 import matplotlib.pyplot as plt

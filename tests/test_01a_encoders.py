@@ -5,10 +5,11 @@ from pathlib import Path
 import numpy as np, timm, torch
 from fastai.torch_core import default_device
 from fastprogress import progress_bar
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from marsclr.augmentations import whole_views
-from marsclr.core import MarsclrError, read_json, whole, write_json
+from marsclr.core import MarsclrError, one_line, read_json, whole, write_json
 from marsclr.packing import Pack
 import tempfile
 import pandas as pd
@@ -64,3 +65,4 @@ def test_features_of_whole_images():
     test_close(encode(encoder, pack.where([7]), device='cpu')[0], features[7], eps=.05)
     test_eq(encode(encoder.train(), pack, bs=4, device='cpu'), features)
     assert encoder.training
+    with expect_fail(MarsclrError, "device 'abacus' cannot be used here"): encode(encoder, pack, device='abacus')

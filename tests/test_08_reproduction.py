@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np, pandas as pd, torch
 from matplotlib import pyplot as plt
 from marsclr.clustering import feature_clusters, label_clusters, load_clusters, pair_quality
-from marsclr.core import MarsclrError, command, data_root, whole
+from marsclr.core import MarsclrError, command, whole
 from marsclr.datasets import hirise, msl, rovers
 from marsclr.encoders import create_encoder, encode, load_encoder
 from marsclr.linear_evaluation import probe

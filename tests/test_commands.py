@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-
 from marsclr.marsyard import write_marsyard
 
 scripts = {o.name: o for o in entry_points(group='console_scripts') if o.name.startswith('marsclr_')}

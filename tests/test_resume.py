@@ -132,7 +132,7 @@ def test_a_write_that_fails_halfway_leaves_the_checkpoint_before(pack, tmp_path,
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     monkeypatch.setattr(torch, 'save', full_disk)
     with pytest.raises(SystemExit) as e: marsclr_pretrain([str(pack), str(run), *SMALL])
-    assert e.value.code == f'marsclr_pretrain: {run}/checkpoint.pt cannot be written ([Errno 28] No space left on device); the one before is intact'
+    assert e.value.code == f'marsclr_pretrain: {run}/checkpoint.pt cannot be written (OSError: [Errno 28] No space left on device); the one before is intact'
     assert position(run) == (0, 2) and {o.name for o in run.iterdir()} == {'config.json', 'checkpoint.pt'}
 
 
