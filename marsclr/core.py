@@ -19,7 +19,7 @@ from fastcore.script import anno_parser
 class MarsclrError(ValueError):
     "Something in the input is wrong; the message is one line that names it and says what to do"
 
-# %% ../nbs/00_core.ipynb #e87c444c
+# %% ../nbs/00_core.ipynb #29de5626
 def command(
     func,      # a function whose parameters carry types, defaults and docments
     name=None, # of the script, the function's own by default
@@ -31,7 +31,7 @@ def command(
         args = vars(anno_parser(func, prog=name).parse_args(argv))
         for hidden in ('pdb', 'xtra'): args.pop(hidden)
         try: func(**args)
-        except (MarsclrError, OSError) as e: sys.exit(f'{name}: {str(e).splitlines()[-1].strip()}')
+        except (MarsclrError, OSError) as e: sys.exit(f'{name}: {(str(e) or type(e).__name__).splitlines()[-1].strip()}')
         except KeyboardInterrupt: sys.exit(f'{name}: interrupted')
     return main
 

@@ -33,7 +33,7 @@ def parse_name(
     return dict(rover=rover, camera=d.get('camera', ''), sol=int(d.get('sol', -1)), sequence=d.get('sequence', ''),
                 time=float(d.get('time', 'nan').replace('_', '.')))
 
-# %% ../nbs/00_datasets.ipynb #eff24d41
+# %% ../nbs/00_datasets.ipynb #51dc4e98
 columns = ['path', 'domain', 'split', 'label', 'rover', 'camera', 'sol', 'sequence', 'time']
 
 @dataclass
@@ -45,7 +45,7 @@ class Archive:
     classes:list = field(default_factory=list) # class names by label
 
     def __len__(self): return len(self.table)
-    def __repr__(self): return f'{self.name}: {len(self)} images, {len(self.classes)} classes, in {self.root}'
+    def __repr__(self): return f'{self.name}: {len(self)} images, {len(self.classes)} classes, in {Path(self.root).name}'
 
     def open(self,
         i:int, # which row

@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['create_encoder', 'projection_head', 'ContrastiveModel', 'save_encoder', 'load_encoder', 'pick_device', 'encode']
 
-# %% ../nbs/01a_encoders.ipynb #dc16300d
-import difflib
+# %% ../nbs/01a_encoders.ipynb #d9e9d5b5
+import difflib, os
 from pathlib import Path
 
 import numpy as np, timm, torch
 from fastai.torch_core import default_device
 from fastprogress import progress_bar
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import nn
 from .augmentations import whole_views
 from .core import MarsclrError, one_line, read_json, whole, write_json
@@ -60,13 +60,13 @@ class ContrastiveModel(nn.Module):
     ) -> torch.Tensor: # (M, dim) projections, not normalised: the loss does that
         return self.head(self.encoder(x))
 
-# %% ../nbs/01a_encoders.ipynb #2fe0e406
+# %% ../nbs/01a_encoders.ipynb #c83e59db
 def save_encoder(
     encoder:nn.Module, # what `create_encoder` made
     path,              # a .safetensors file
 ):
     "Save the weights of an encoder, whole or not at all"
-    with whole(path) as p: save_file({k: v.contiguous() for k,v in encoder.state_dict().items()}, p)
+    with whole(path) as p: p.write_bytes(save({k: v.contiguous() for k,v in encoder.state_dict().items()}))
 
 def load_encoder(
     path,      # a run folder, with config.json and encoder.safetensors
@@ -80,11 +80,12 @@ def load_encoder(
     except (RuntimeError, OSError, ValueError, SafetensorError) as e: raise MarsclrError(f'{weights} is damaged or of another backbone ({one_line(e)})') from e
     return encoder.eval()
 
-# %% ../nbs/01a_encoders.ipynb #f8b85900
+# %% ../nbs/01a_encoders.ipynb #1fe08df6
 def pick_device(
-    name=None, # 'cpu', 'cuda', ...; fastai's default device, the best there is, if not given
+    name=None, # 'cpu', 'cuda', ...; if not given, this process's GPU, or else fastai's default device
 ) -> torch.device:
     "A device that is really there"
+    if not name and torch.cuda.is_available(): name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try: return torch.empty(0, device=name or default_device()).device
     except (RuntimeError, AssertionError, NotImplementedError) as e: raise MarsclrError(f'device {str(name)!r} cannot be used here ({one_line(e)})') from e
 

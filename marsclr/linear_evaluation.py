@@ -142,7 +142,7 @@ def probe(
     else: raise MarsclrError(f'probe {kind!r} is not known: choose from logistic linear dense128')
     return ProbeResult(y['test'], predict(x['test']), classes, setting, float((predict(x['val']) == y['val']).mean()))
 
-# %% ../nbs/06_linear_evaluation.ipynb #5e23f9a1
+# %% ../nbs/06_linear_evaluation.ipynb #b8a96ce8
 def load_projection(
     run, # a run folder
 ) -> ContrastiveModel: # encoder and head, images to projections
@@ -167,6 +167,7 @@ def marsclr_probe(
     "Linear evaluation of a frozen encoder on a labeled pack"
     data = load_pack(pack)
     to = Path(to or f'{run}/probe-{Path(pack).name}')
+    if run == 'random' and kind == 'projection': raise MarsclrError('--kind projection: random weights have no projection head; give a run')
     if run == 'random' and to.parts[0] == 'random': raise MarsclrError('random weights have no run folder: give --to')
     if to.exists(): raise MarsclrError(f'{to} exists: remove it or give another folder with --to')
     torch.manual_seed(seed)

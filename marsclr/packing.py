@@ -98,7 +98,7 @@ def concat_packs(
         arrays += p.arrays
     return Pack(arrays, pd.concat(tables, ignore_index=True), classes, ' + '.join(p.name for p in packs), np.concatenate(index))
 
-# %% ../nbs/00b_packing.ipynb #c2b37f07
+# %% ../nbs/00b_packing.ipynb #abeb808a
 def load_pack(
     path, # a pack folder
 ) -> Pack:
@@ -111,7 +111,7 @@ def load_pack(
                             dtype={c: str for c in ('path', 'domain', 'split', 'rover', 'camera', 'sequence', 'sha256')})
         images = np.load(path/'images.npy', mmap_mode='r')
         pack = Pack([images], table, meta['classes'], meta['name'])
-    except (OSError, EOFError, ValueError, KeyError, AttributeError) as e: raise MarsclrError(f'{path} is damaged ({one_line(e)}): pack again') from e
+    except (OSError, EOFError, ValueError, KeyError, AttributeError, TypeError, IndexError) as e: raise MarsclrError(f'{path} is damaged ({one_line(e)}): pack again') from e
     if len(images) != len(table) or pack.fingerprint != meta.get('fingerprint'):
         raise MarsclrError(f'{path} is damaged: images.npy, table.csv and pack.json do not belong together; pack again')
     return pack

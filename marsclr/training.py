@@ -7,7 +7,7 @@ __all__ = ['PackLoader', 'TwoViews', 'Autocast', 'lr_at', 'Schedule', 'Contrasti
            'knn_accuracy', 'OnlineKnn', 'RunFolder', 'pretrain', 'make_config', 'open_run', 'learner_from',
            'run_status', 'RunProgress', 'RunLines']
 
-# %% ../nbs/04_training.ipynb #b02b07c6
+# %% ../nbs/04_training.ipynb #6007c6a2
 import csv, math, pickle, shutil, sys, time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -23,7 +23,7 @@ from fastai.optimizer import OptimWrapper
 from fastai.torch_core import to_device
 from fastcore.basics import patch
 from fastcore.foundation import L
-from fastcore.imports import IN_NOTEBOOK
+from fastcore.imports import IN_NOTEBOOK, noop
 from fastprogress.fastprogress import format_time
 from . import __version__
 from .augmentations import Views
@@ -204,7 +204,7 @@ class OnlineKnn(Callback):
         labels = [torch.tensor(p.table.label.to_numpy()) for p in (self.train, self.val)]
         self.accuracy = knn_accuracy(feats[0], labels[0], feats[1], labels[1])
 
-# %% ../nbs/04_training.ipynb #0d231225
+# %% ../nbs/04_training.ipynb #c7c937da
 class RunFolder(Callback):
     "Checkpoint, log and resume in a run folder"
     order = 57
@@ -216,7 +216,7 @@ class RunFolder(Callback):
     def before_fit(self):
         self.total,self.seen = torch.zeros((), device=self.dls.device),0
         if not rank_distrib():
-            for o in self.path.glob('.*-*/'): shutil.rmtree(o)
+            for o in filter(Path.is_dir, self.path.glob('.*.*-*')): shutil.rmtree(o)
         if (self.path/'checkpoint.pt').is_file(): self.load()
 
     def before_epoch(self): self.began,self.before = time.perf_counter(),self.seen
@@ -237,7 +237,7 @@ class RunFolder(Callback):
 
     def after_fit(self): self.learn.first_epoch = 0
 
-# %% ../nbs/04_training.ipynb #2af1fb62
+# %% ../nbs/04_training.ipynb #48a95ae4
 @patch
 def save(self:RunFolder,
     epoch:int, # the epoch to go on with
@@ -260,7 +260,7 @@ def load(self:RunFolder):
         self.opt.load_state_dict(state['opt'])
         self.learn.first_epoch,self.dls.train.start = state['epoch'],state['step']
         self.total,self.seen = state['total'],state['step']
-    except (OSError, RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError) as e:
+    except (OSError, RuntimeError, EOFError, KeyError, ValueError, TypeError, AttributeError, IndexError, pickle.UnpicklingError) as e:
         raise MarsclrError(f'{self.path}/checkpoint.pt cannot be read ({one_line(e)}): remove it to start again') from e
 
 @patch
@@ -316,7 +316,7 @@ def pretrain(
     if rank_distrib() == 0: save_encoder(_bare(learn.model).encoder, Path(run)/'encoder.safetensors')
     return Path(run)
 
-# %% ../nbs/04_training.ipynb #c8694942
+# %% ../nbs/04_training.ipynb #252de767
 def make_config(
     settings:dict, # `pretrain`'s arguments
     pack:Pack,     # what to learn from
@@ -326,8 +326,8 @@ def make_config(
     choices = dict(loss=losses, optimizer=('adam', 'adamw'), schedule=('constant', 'cosine'), precision=('bf16', 'fp32'))
     for k,allowed in choices.items():
         if settings[k] not in allowed: raise MarsclrError(f'--{k} {settings[k]!r} is not known: choose from {" ".join(allowed)}')
-    for k,least in dict(epochs=1, image_size=1, seed=0, lr=0, weight_decay=0, warmup=0, save_every=0).items():
-        if settings[k] < least: raise MarsclrError(f'--{k} {settings[k]:g}: give at least {least}')
+    for k,least in dict(epochs=1, image_size=1, projection_dim=1, seed=0, lr=0, weight_decay=0, warmup=0, save_every=0).items():
+        if not settings[k] >= least: raise MarsclrError(f'--{k} {settings[k]:g}: give at least {least}')
     where = ('pack', 'run', 'clusters', 'save_every', 'knn', 'device')
     return dict({k: v for k,v in settings.items() if k not in where}, pack=pack.name, images=len(pack), pack_fingerprint=pack.fingerprint,
                 clusters=groups.source if groups else '', clusters_fingerprint=groups.fingerprint if groups else '', marsclr=__version__)
@@ -371,7 +371,7 @@ def learner_from(
     learn.remove_cb(ProgressCallback)
     return learn.add_cb(RunProgress() if IN_NOTEBOOK or sys.stdout.isatty() else RunLines())
 
-# %% ../nbs/04_training.ipynb #e0302674
+# %% ../nbs/04_training.ipynb #066ed7b3
 def run_status(
     learn:Learner, # while it fits
     began:float,   # when its epoch began
@@ -394,6 +394,7 @@ class RunProgress(ProgressCallback):
 class RunLines(Callback):
     "The run's status as a line at the end of each epoch, and every minute of a long one"
     order = 60
+    def before_fit(self): self.learn.logger = noop
     def before_train(self): self.began = self.last = time.perf_counter()
     def after_batch(self):
         loader,end = self.dls.train,self.dls.train.start + self.iter + 1 == len(self.dls.train)

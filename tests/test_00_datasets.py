@@ -8,7 +8,6 @@ import numpy as np, pandas as pd
 from PIL import Image
 from marsclr.core import MarsclrError, data_root
 from fastcore.test import *
-from fastai.torch_core import show_images
 import matplotlib.pyplot as plt, tempfile
 from marsclr.datasets import *
 
@@ -139,7 +138,11 @@ def test_what_is_awkward():
     pixels = pd.Series([a.open(i).tobytes() for i in range(len(a))]).map(hash)
     leaked = a.table.assign(pixels=pixels).groupby('pixels').filter(lambda g: {'train', 'test'} <= set(g.split))
     test_eq(leaked.split.value_counts().to_dict(), dict(test=3, train=2))
-    show_images([a.open(i) for i in leaked.index], titles=[f'{o.split}, sol {o.sol}' for o in leaked.itertuples()], nrows=1, figsize=(7, 1.8))
+    fig,axs = plt.subplots(1, 5, figsize=(7, 1.7), dpi=70)
+    for ax,o in zip(axs, leaked.itertuples()):
+        ax.imshow(a.open(o.Index))
+        ax.set_title(f'{o.split}, sol {o.sol}', fontsize=8)
+        ax.set_axis_off()
 
     sols = m.table.groupby('split').sol.agg(['min', 'max']).loc[['train', 'val', 'test']]
     test_eq(sols.to_numpy().tolist(), [[3, 948], [952, 1918], [1922, 2224]])

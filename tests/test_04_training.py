@@ -14,7 +14,7 @@ from fastai.optimizer import OptimWrapper
 from fastai.torch_core import to_device
 from fastcore.basics import patch
 from fastcore.foundation import L
-from fastcore.imports import IN_NOTEBOOK
+from fastcore.imports import IN_NOTEBOOK, noop
 from fastprogress.fastprogress import format_time
 from marsclr import __version__
 from marsclr.augmentations import Views
@@ -67,7 +67,7 @@ def test_the_learner():
         return contrastive_learner(pack, model, losses['ntxent'](temperature=.2), Views(32, scale=(.2, 1), strength=.5), bs=64, lr=1e-3, device='cpu', **kwargs)
 
     learn = small_learner()
-    with learn.no_bar(): learn.fit(6)
+    with learn.no_bar(), learn.no_logging(): learn.fit(6)
     fell = [o[0] for o in learn.recorder.values]
     assert fell[-1] < fell[0]
 
@@ -84,7 +84,7 @@ def test_is_it_learning_anything_ask_the_neighbours():
     voters = torch.tensor([[1., 0], [.9, .1], [0, 1]])
     test_eq(knn_accuracy(voters, torch.tensor([3, 3, 5]), torch.tensor([[1., .05], [.1, 1]]), torch.tensor([3, 5]), k=3), 1)
     knn = OnlineKnn(pack)
-    with learn.no_bar(): learn.fit(2, cbs=knn)
+    with learn.no_bar(), learn.no_logging(): learn.fit(2, cbs=knn)
     assert .1 < knn.accuracy <= 1
     f'{knn.accuracy:.1%} of {len(knn.val)} validation images, 10 classes'
 
@@ -100,10 +100,10 @@ def test_a_run_that_survives():
     def weights(learn): return torch.cat([p.detach().flatten() for p in learn.model.state_dict().values()])
 
     straight = small_learner(cbs=RunFolder(tmp/'straight', save_every=1))
-    with straight.no_bar(): straight.fit(3)
+    with straight.no_bar(), straight.no_logging(): straight.fit(3)
     for steps in (6, 3, 100):
         stopped = small_learner(cbs=[RunFolder(tmp/'stopped', save_every=1), StopAfter(steps)])
-        with stopped.no_bar(): stopped.fit(3)
+        with stopped.no_bar(), stopped.no_logging(): stopped.fit(3)
     test_eq(weights(stopped), weights(straight))
     logs = [pd.read_csv(tmp/o/'log.csv') for o in ('straight', 'stopped')]
     test_eq(logs[0][['epoch', 'loss', 'lr']], logs[1][['epoch', 'loss', 'lr']])
