@@ -60,7 +60,7 @@ def one_line(
     "What an exception says, as part of a line"
     return ' '.join(f'{type(e).__name__}: {e}'.split())[:150]
 
-# %% ../nbs/00_core.ipynb #6d878ada
+# %% ../nbs/00_core.ipynb #aa2342cb
 def write_json(
     path, # where to
     obj,  # anything JSON can hold
@@ -69,11 +69,15 @@ def write_json(
     with whole(path) as p: p.write_text(json.dumps(obj, indent=1) + '\n')
 
 def read_json(
-    path, # a JSON file
-):
+    path,  # a JSON file that holds an object
+    *keys, # that it must have
+) -> dict:
     "Read a JSON file; a missing or broken one is a `MarsclrError`"
-    try: return json.loads(Path(path).read_text())
+    try: obj = json.loads(Path(path).read_text())
     except (OSError, ValueError) as e: raise MarsclrError(f'{path} cannot be read as JSON ({e})') from e
+    missing = [k for k in keys if k not in obj] if isinstance(obj, dict) else ['{']
+    if missing: raise MarsclrError(f'{path} holds no {missing[0]}: it is not what it should be')
+    return obj
 
 # %% ../nbs/00_core.ipynb #0e5a5e85
 def data_root() -> Path: # `$MARSCLR_DATA`, else `~/.cache/marsclr` (or `$XDG_CACHE_HOME/marsclr`)

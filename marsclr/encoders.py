@@ -60,7 +60,7 @@ class ContrastiveModel(nn.Module):
     ) -> torch.Tensor: # (M, dim) projections, not normalised: the loss does that
         return self.head(self.encoder(x))
 
-# %% ../nbs/01a_encoders.ipynb #c83e59db
+# %% ../nbs/01a_encoders.ipynb #96839a0d
 def save_encoder(
     encoder:nn.Module, # what `create_encoder` made
     path,              # a .safetensors file
@@ -75,7 +75,7 @@ def load_encoder(
     path = Path(path)
     weights = path/'encoder.safetensors'
     if not weights.is_file(): raise MarsclrError(f'{path} holds no encoder.safetensors: is it a finished run of marsclr_pretrain?')
-    encoder = create_encoder(read_json(path/'config.json')['backbone'])
+    encoder = create_encoder(read_json(path/'config.json', 'backbone')['backbone'])
     try: encoder.load_state_dict(load_file(weights))
     except (RuntimeError, OSError, ValueError, SafetensorError) as e: raise MarsclrError(f'{weights} is damaged or of another backbone ({one_line(e)})') from e
     return encoder.eval()

@@ -6,13 +6,14 @@
 __all__ = ['laptop', 'presets', 'make_packs', 'make_encoders', 'report_clusters', 'probe_all', 'accuracy_figure', 'reproduce',
            'marsclr_reproduce']
 
-# %% ../nbs/08_reproduction.ipynb #7b6654ec
+# %% ../nbs/08_reproduction.ipynb #e2e25b35
 import time
 from pathlib import Path
 
 import numpy as np, pandas as pd, torch
 from matplotlib import pyplot as plt
-from .clustering import feature_clusters, label_clusters, load_clusters, pair_quality
+from .cluster_quality import pair_quality
+from .clustering import feature_clusters, label_clusters, load_clusters
 from .core import MarsclrError, command, whole
 from .datasets import hirise, msl, rovers
 from .encoders import create_encoder, encode, load_encoder

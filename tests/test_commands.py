@@ -74,6 +74,7 @@ def spoil(base):
     half = {o.name: o.read_bytes()[:o.stat().st_size//2] for o in (base/'run').iterdir() if o.suffix in ('.pt', '.safetensors')}
     copy_run(base, 'cut', half)
     copy_run(base, 'stopped', {'checkpoint.pt': half['checkpoint.pt']})
+    copy_run(base, 'listed', {'config.json': b'[1, 2]'})
     copy_run(base, 'hollow', {'checkpoint.pt': b''})
     copy_run(base, 'crafted', {'checkpoint.pt': pickle.dumps(dict(model=Crafted()), 2)})
     for name, model in (('crafted-zip', Crafted()), ('foreign', {})):
@@ -83,8 +84,9 @@ def spoil(base):
 
 
 GOOD = ['marsclr_pack msl yard.pack --root yard --size 32', 'marsclr_pack msl other.pack --root other --size 32',
-        'marsclr_pack folder plain.pack --root yard --size 32', 'marsclr_cluster other.pack other.npz --backbone resnet10t --clusters 5',
-        'marsclr_pretrain yard.pack run SMALL', 'marsclr_cluster yard.pack found.npz --run run --clusters 5',
+        'marsclr_pack folder plain.pack --root yard --size 32', 'marsclr_cluster other.pack --to other.npz --backbone resnet10t --clusters 5',
+        'marsclr_pretrain yard.pack run SMALL', 'marsclr_cluster yard.pack --to found.npz --run run --clusters 5',
+        'marsclr_cluster yard.pack --source texture --backbone resnet10t --epochs 1 --clusters 5 --device cpu',
         'marsclr_pretrain yard.pack run2 SMALL --loss cluster_aware --clusters found.npz', 'marsclr_probe run2 yard.pack']
 
 
@@ -115,7 +117,7 @@ def test_help_names_every_option(name, tmp_path):
 
 
 def test_the_installed_script_is_what_the_other_tests_call(base, tmp_path):
-    script, line = Path(sys.executable).parent/'marsclr_cluster', 'marsclr_cluster empty new.npz'
+    script, line = Path(sys.executable).parent/'marsclr_cluster', 'marsclr_cluster empty'
     done = subprocess.run([script, *line.split()[1:]], cwd=base, capture_output=True, text=True)
     status, out, err = call(base, line, tmp_path)
     assert (done.returncode, done.stdout, done.stderr.splitlines()[-1]) == (status, out, err.splitlines()[-1])
@@ -128,6 +130,8 @@ def test_five_commands_are_installed():
 def test_the_commands_make_what_they_promise(base):
     assert json.loads((base/'yard.pack'/'pack.json').read_text())['images'] == 64
     assert {o.name for o in (base/'run').iterdir()} == {'config.json', 'log.csv', 'checkpoint.pt', 'encoder.safetensors'}
+    assert {o.name for o in base.glob('yard.texture.*')} == {'yard.texture.npz', 'yard.texture.png', 'yard.texture.run'}
+    assert {o.name for o in (base/'yard.texture.run').iterdir()} == {'config.json', 'log.csv', 'checkpoint.pt', 'texture.safetensors', 'clusters.npz'}
     assert 0 <= json.loads((base/'run2'/'probe-yard.pack'/'summary.json').read_text())['accuracy'] <= 1
 
 
