@@ -118,7 +118,21 @@ def choose_k(
     if not len(table) or table.silhouette.isna().all(): raise MarsclrError(f'{len(x)} images are too few to choose a number of clusters: give one')
     return int(table.silhouette.idxmax())
 
-# %% ../nbs/02b_cluster_quality.ipynb #e5befe29
+# %% ../nbs/02b_cluster_quality.ipynb #b3410030
+def _texture(data, to, k, run, backbone, size, epochs, imagenet, seed, device):
+    if not k: raise MarsclrError('--clusters 0: the network of texture learns from its clusters, so give their number')
+    if epochs < 1: raise MarsclrError(f'--epochs {epochs}: give at least 1')
+    return texture_clusters(data, to.with_suffix('.run'), k, epochs, embed_size=size, init=run or ('imagenet' if imagenet else 'random'), backbone=backbone, seed=seed, save_every=5, device=device or None)
+
+def _features(data, source, k, run, backbone, size, seed, device):
+    if source == 'pixels': x,name = pixel_features(data),source
+    else:
+        torch.manual_seed(seed)
+        encoder = load_encoder(run) if run else create_encoder(backbone)
+        x,name = encode(encoder, data, size or None, device=device or None, progress=True),f'features of {run or "a random "+backbone}'
+    return feature_clusters(x, data, k or choose_k(torch.nn.functional.normalize(x, dim=1).numpy(), seed=seed), seed, name)
+
+# %% ../nbs/02b_cluster_quality.ipynb #c9704843
 sources = ('texture', 'features', 'pixels', 'capture', 'labels')
 
 @command
@@ -152,16 +166,3 @@ def marsclr_cluster(
     plt.close(fig)
     print(f'{found}: {to}, {to.with_suffix(".png")}')
     print(pd.Series(cluster_row(found, data)).round(4).to_string())
-
-def _texture(data, to, k, run, backbone, size, epochs, imagenet, seed, device):
-    if not k: raise MarsclrError('--clusters 0: the network of texture learns from its clusters, so give their number')
-    if epochs < 1: raise MarsclrError(f'--epochs {epochs}: give at least 1')
-    return texture_clusters(data, to.with_suffix('.run'), k, epochs, embed_size=size, init=run or ('imagenet' if imagenet else 'random'), backbone=backbone, seed=seed, save_every=5, device=device or None)
-
-def _features(data, source, k, run, backbone, size, seed, device):
-    if source == 'pixels': x,name = pixel_features(data),source
-    else:
-        torch.manual_seed(seed)
-        encoder = load_encoder(run) if run else create_encoder(backbone)
-        x,name = encode(encoder, data, size or None, device=device or None, progress=True),f'features of {run or "a random "+backbone}'
-    return feature_clusters(x, data, k or choose_k(torch.nn.functional.normalize(x, dim=1).numpy(), seed=seed), seed, name)

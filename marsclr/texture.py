@@ -220,7 +220,7 @@ def check_trunk(
     if len(shape) != 4 or shape[1] != trunk.num_features: raise MarsclrError(f'the backbone gives features of shape {tuple(shape)}, not a map: choose a convolutional one')
     trunk.train()
 
-# %% ../nbs/02a_texture.ipynb #a9d0393b
+# %% ../nbs/02a_texture.ipynb #802b30d9
 optimizers = dict(adamw=partial(OptimWrapper, opt=torch.optim.AdamW, fused=True), sgd=partial(OptimWrapper, opt=torch.optim.SGD, momentum=.9))
 
 def texture_clusters(
@@ -245,6 +245,7 @@ def texture_clusters(
     "Deep texture clustering (section 4.2)"
     settings = {o: v for o,v in locals().items() if o not in ('pack', 'run', 'save_every', 'device', 'init')}
     if not 1 <= k <= len(pack): raise MarsclrError(f'{k} clusters of {len(pack)} images: give a number between 1 and {len(pack)}')
+    if k*each > 8192: raise MarsclrError(f'{k} clusters: a batch of {each} images of each is too large; give at most {8192//each}')
     if optimizer not in optimizers: raise MarsclrError(f'optimizer {optimizer!r} is not known: choose from {" ".join(optimizers)}')
     if variant not in ('bilinear', 'dep'): raise MarsclrError(f'variant {variant!r} is not known: choose from bilinear dep')
     run = Path(run)
@@ -257,6 +258,7 @@ def texture_clusters(
         _train(TextureNet(trunk, variant=variant), pack, run, config, save_every, pick_device(device))
     return load_clusters(run/'clusters.npz', pack)
 
+# %% ../nbs/02a_texture.ipynb #0b512b03
 def _train(net, pack, run, c, save_every, device):
     recluster = Recluster(pack, c['k'], size=c['embed_size'] or None, seed=c['seed'])
     loader = BalancedLoader(pack, np.arange(len(pack)) % c['k'], c['each'], c['seed'], device)

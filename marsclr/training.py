@@ -145,7 +145,7 @@ class OnlineKnn(Callback):
 
     def log_row(self): return dict(knn=f'{self.accuracy:.4f}')
 
-# %% ../nbs/04_training.ipynb #dfc9f3b4
+# %% ../nbs/04_training.ipynb #4d885645
 def pretrain(
     pack:str,                # pack folder; several, separated by commas, are mixed (section 4.3)
     run:str,                 # run folder to make, or to take up where it stopped
@@ -178,7 +178,9 @@ def pretrain(
     groups = load_clusters(clusters, data) if clusters else None
     config = make_config(settings, data, groups)
     learn = learner_from(config, data, groups, run, save_every, load_pack(knn) if knn else None, device or None)
-    if not open_run(run, config): return Path(run)
+    if not open_run(run, config):
+        print(f'{run} is finished', flush=True)
+        return Path(run)
     with learn.distrib_ctx(sync_bn=learn.dls.device.type == 'cuda'): learn.fit(epochs)
     if rank_distrib() == 0: save_encoder(bare(learn.model).encoder, Path(run)/'encoder.safetensors')
     return Path(run)

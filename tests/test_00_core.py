@@ -41,7 +41,9 @@ def test_whole_files_or_none():
     with tempfile.TemporaryDirectory() as d:
         write_json(Path(d)/'a.json', {'seed': 1})
         test_eq(read_json(Path(d)/'a.json'), {'seed': 1})
+        test_eq(read_json(Path(d)/'a.json', 'seed'), {'seed': 1})
         with expect_fail(MarsclrError, 'cannot be read as JSON'): read_json(Path(d)/'b.json')
+        with expect_fail(MarsclrError, 'holds no lr'): read_json(Path(d)/'a.json', 'lr')
 
 
 def test_where_the_images_are():

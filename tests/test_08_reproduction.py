@@ -4,13 +4,17 @@ import time
 from pathlib import Path
 import numpy as np, pandas as pd, torch
 from matplotlib import pyplot as plt
-from marsclr.clustering import feature_clusters, label_clusters, load_clusters, pair_quality
+from marsclr.cluster_quality import pair_quality, show_clusters
+from marsclr.cluster_study import cluster_table, k_rule, source_features, trade_figure
+from marsclr.clustering import Clusters, feature_clusters, kmeans, label_clusters, load_clusters
 from marsclr.core import MarsclrError, command, whole
-from marsclr.datasets import hirise, msl, rovers
+from marsclr.datasets import hirise, is_copy, msl, rovers
 from marsclr.encoders import create_encoder, encode, load_encoder
 from marsclr.linear_evaluation import probe
 from marsclr.marsyard import write_marsyard
 from marsclr.packing import Pack, load_pack, pack_archive
+from marsclr.runs import open_run
+from marsclr.texture import texture_clusters
 from marsclr.training import pretrain
 import os, shutil, tempfile
 from fastcore.test import *
@@ -35,9 +39,17 @@ def test_one_figure():
     pd.read_csv(tmp/'tiny/clusters-seed42.csv').round(3)
 
 
+def test_which_clusters():
+    small = dict(size=48, pretrain=dict(tiny['pretrain']), texture=dict(k=8, epochs=1, image_size=32, backbone='resnet10t'), ks=[3, 10], seeds=[42, 43], sources=['pixels'], train_seeds=[42])
+    clusterings,probes = study('marsyard', tmp/'study', small, n=400)
+    test_eq(set(clusterings.pack), {'pool', 'MarsYard'})
+    test_eq(list(probes.method), ['eq. 1', 'DCL', 'eq. 2, pixels'])
+    probes[['method', 'seed', 'accuracy', 'low', 'high']].round(3)
+
+
 def test_from_the_command_line():
     with expect_fail(SystemExit, "preset 'huge' is not known"): marsclr_reproduce(['--preset', 'huge'])
     with expect_fail(SystemExit, "data 'moon' is not known"): marsclr_reproduce(['--data', 'moon'])
-    with expect_fail(MarsclrError, 'another configuration (epochs is 2 there, 3 here)'):
+    with expect_fail(MarsclrError, 'another configuration (pretrain epochs is 2 there, 3 here)'):
         reproduce('marsyard', tmp/'tiny', dict(tiny, pretrain=dict(tiny['pretrain'], epochs=3)), n=400)
     shutil.rmtree(tmp)

@@ -147,3 +147,22 @@ def test_a_full_disk_leaves_the_checkpoint_before(pack, alone, tmp_path):
             marsclr_pretrain([str(pack), str(disk/'run'), *SMALL])
         assert position(disk/'run') == (0, 1) and {o.name for o in (disk/'run').iterdir()} == {'config.json', 'checkpoint.pt'}
     finally: subprocess.run(['umount', disk], check=True)
+
+
+def cluster(pack, to):
+    return subprocess.Popen([sys.executable, '-c', 'from marsclr.cluster_quality import marsclr_cluster; marsclr_cluster()', pack, '--to', to, '--source', 'texture',
+                             *'--clusters 4 --backbone resnet10t --epochs 4 --size 32 --device cpu'.split()], env=os.environ | {'OMP_NUM_THREADS': '1'},
+                            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+
+def test_texture_clustering_that_was_killed_finds_the_same_clusters(pack, tmp_path):
+    for name in ('alone', 'killed'):
+        process = cluster(pack, tmp_path/f'{name}.npz')
+        if name == 'killed':
+            while position(tmp_path/'killed.run') is None: assert process.poll() is None
+            process.send_signal(signal.SIGKILL)
+            process.communicate()
+            assert not (tmp_path/'killed.npz').exists() and position(tmp_path/'killed.run') < (4, 0)
+            process = cluster(pack, tmp_path/'killed.npz')
+        assert process.communicate(timeout=120) and process.returncode == 0
+    assert (tmp_path/'alone.npz').read_bytes() == (tmp_path/'killed.npz').read_bytes()
