@@ -182,7 +182,7 @@ def _tracks(c):
     height = near*(.035*berm + print_*(.03*_tread(3.2*c.scale*z, d/half)/c.scale-.03)) + .01*w + .0015*f
     return _mix(print_*(.2+.4*_ramp(w, -1, 1.5)), _dust, _rock)*c.light(height)
 
-# %% ../nbs/00a_marsyard.ipynb #69b3743d
+# %% ../nbs/00a_marsyard.ipynb #ff2647b7
 def _landscape(c):
     horizon = c.u(-.45, .1)+.25*c.more
     x,z,near = c.ground(horizon)
@@ -199,6 +199,7 @@ def _landscape(c):
         sky = _mix(_ramp(c.y, top-.01, top+.01), sky, _rock*rock*(1-haze)+sky*haze)
     return _mix(_ramp(c.y, horizon-.01, horizon+.01), sky, land)
 
+# %% ../nbs/00a_marsyard.ipynb #3e135028
 def _wheel(c):
     across,along = c.turned(c.angle+np.pi/2)
     across,along = across-c.u(-.35, .35), along-c.u(-.35, .35)
@@ -211,6 +212,7 @@ def _wheel(c):
     metal = _mix(.7*_ramp(n, .3, 2.2), _metal*(.75+.9*tread[...,None]), .75*_dust)*light*(.45+.75*bulge[...,None])
     return _mix(inside, .95*_dust*light, metal+.5*np.maximum(light-1.2, 0))
 
+# %% ../nbs/00a_marsyard.ipynb #33d25af0
 def _post(c, p, q):
     "How dark the shadow of the target's post is, how much of each pixel is post, and how bright"
     y,ux,uy = .62*q, np.cos(c.az), .62*np.sin(c.az)
@@ -234,6 +236,7 @@ def _cal_target(c):
     image = _mix(plate, .8*_pale*c.u(.8, 1.1)*c.light(.15*plate), base)*(1-.6*shadow[...,None])
     return _mix(post, image, lit[...,None])*(1+.02*c.noise(1.)[...,None])
 
+# %% ../nbs/00a_marsyard.ipynb #a0356c2c
 def _night_sky(c):
     sky = c.u(.01, .05) + .008*c.noise(.3)
     x,y = c.rng.integers(0, c.m, (2, c.rng.poisson(25*c.scale)))
