@@ -19,7 +19,7 @@ from .encoders import create_encoder, encode, load_encoder
 from .packing import Pack, load_pack
 from .texture import texture_clusters
 
-# %% ../nbs/02b_cluster_quality.ipynb #25f6cf2d
+# %% ../nbs/02b_cluster_quality.ipynb #de8123d0
 def show_clusters(
     clusters:Clusters, # of the pack
     pack:Pack,         # to show
@@ -29,7 +29,7 @@ def show_clusters(
     "One row a cluster: its most central and its most marginal images"
     sizes = np.bincount(clusters.ids)
     rows = np.argsort(-sizes, kind='stable')[:which] if isinstance(which, int) else which
-    fig,axs = plt.subplots(len(rows), 2*n, figsize=(1.6*n, len(rows)*.9), dpi=70, squeeze=False)
+    fig,axs = plt.subplots(len(rows), 2*n, figsize=(1.6*n, len(rows)*.95), dpi=70, squeeze=False, layout='constrained')
     for ax in axs.flat: ax.set_axis_off()
     for c,row in zip(rows, axs):
         members = np.flatnonzero(clusters.ids == c)
@@ -93,18 +93,18 @@ def cluster_row(
     if known.any(): row |= dict(pair_quality(clusters.ids, labels), nmi=normalized_mutual_info_score(labels[known], clusters.ids[known]))
     return row
 
-# %% ../nbs/02b_cluster_quality.ipynb #9e0a3a12
+# %% ../nbs/02b_cluster_quality.ipynb #4b299acd
 many = (3, 5, 8, 10, 14, 19, 30, 50, 100, 150, 300)
 
 def k_table(
     x,          # (N, D) float32, what is to be clustered
     ks=many,    # candidates
-    seeds=(0, 1, 2), # of k-means
+    seeds=range(42, 45), # of k-means
 ) -> pd.DataFrame: # a row a K: silhouette and stability
     "What can be seen of each K without labels"
     rows = []
     for k in [k for k in ks if k < len(x)]:
-        runs = [kmeans(x, k, s)[0] for s in seeds]
+        runs = [kmeans(x, k, s, tries=5)[0] for s in seeds]
         rows.append(dict(k=k, silhouette=silhouette(x, runs[0]), stability=stability(runs)))
     return pd.DataFrame(rows).set_index('k')
 
@@ -113,10 +113,9 @@ def choose_k(
     ks=many, # candidates
     seed:int=42, # of k-means
 ) -> int:
-    "The number of clusters with the largest silhouette"
-    table = k_table(x, ks, (seed,)) if len(x) > min(ks) else pd.DataFrame()
-    if not len(table) or table.silhouette.isna().all(): raise MarsclrError(f'{len(x)} images are too few to choose a number of clusters: give one')
-    return int(table.silhouette.idxmax())
+    "The number of clusters that three seeds agree on most"
+    if len(x) <= min(ks): raise MarsclrError(f'{len(x)} images are too few to choose a number of clusters: give one')
+    return int(k_table(x, ks, range(seed, seed+3)).stability.idxmax())
 
 # %% ../nbs/02b_cluster_quality.ipynb #b3410030
 def _texture(data, to, k, run, backbone, size, epochs, imagenet, seed, device):
@@ -132,14 +131,14 @@ def _features(data, source, k, run, backbone, size, seed, device):
         x,name = encode(encoder, data, size or None, device=device or None, progress=True),f'features of {run or "a random "+backbone}'
     return feature_clusters(x, data, k or choose_k(torch.nn.functional.normalize(x, dim=1).numpy(), seed=seed), seed, name)
 
-# %% ../nbs/02b_cluster_quality.ipynb #c9704843
+# %% ../nbs/02b_cluster_quality.ipynb #09cb58a1
 sources = ('texture', 'features', 'pixels', 'capture', 'labels')
 
 @command
 def marsclr_cluster(
     pack:str,        # pack folder
     source:str='features', # texture, features, pixels, capture or labels
-    clusters:int=150, # how many (K); 0: by the largest silhouette (features and pixels)
+    clusters:int=150, # how many (K); 0: as many as three seeds agree on most (features and pixels)
     to:str='',       # the .npz file to write; PACK.SOURCE.npz by default
     run:str='',      # run folder of marsclr_pretrain: whose features, or what texture begins with; random weights if not given
     backbone:str='resnet18', # timm name of the network, if no run is given

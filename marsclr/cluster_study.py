@@ -106,16 +106,16 @@ def trade_figure(
     fig.legend(*axs[0,0].get_legend_handles_labels(), fontsize=7, loc='outside right upper')
     return fig
 
-# %% ../nbs/07a_cluster_study.ipynb #0b5971a4
+# %% ../nbs/07a_cluster_study.ipynb #73970ec7
 def k_rule(
     table:pd.DataFrame, # what `cluster_table` made
     ks=None,            # candidates, all by default
 ) -> pd.DataFrame: # a row a pack and source
-    "The K with the largest silhouette, and what that costs against the best K, in caught - swallowed"
+    "The K with the largest stability over seeds, and what that costs against the best K, in caught - swallowed"
     t = table[(table.k >= 3) & (table.k.isin(ks) if ks else True)].copy()
     t['gain'] = t.caught - t.swallowed
-    m = t.groupby(['pack', 'source', 'k'])[['silhouette', 'gain']].mean().reset_index()
+    m = t.groupby(['pack', 'source', 'k'])[['stability', 'gain']].mean().reset_index()
     def row(g):
-        picked,best = g.loc[g.silhouette.idxmax()],g.loc[g.gain.idxmax()]
-        return pd.Series(dict(picked=int(picked.k), gain=picked.gain, best=int(best.k), best_gain=best.gain))
+        picked,best = g.loc[g.stability.idxmax()],g.loc[g.gain.idxmax()]
+        return pd.Series(dict(picked=int(picked.k), stability=picked.stability, gain=picked.gain, best=int(best.k), best_gain=best.gain))
     return pd.DataFrame({key: row(g) for key,g in m.groupby(['pack', 'source'])}).T.rename_axis(['pack', 'source']).astype({'picked': int, 'best': int})

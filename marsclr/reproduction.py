@@ -6,14 +6,14 @@
 __all__ = ['laptop', 'yard', 'presets', 'open_folder', 'make_packs', 'make_encoders', 'report_clusters', 'probe_all',
            'accuracy_figure', 'reproduce', 'study', 'train_with', 'marsclr_reproduce']
 
-# %% ../nbs/08_reproduction.ipynb #ef658ca8
+# %% ../nbs/08_reproduction.ipynb #f9a32461
 import time
 from pathlib import Path
 
 import numpy as np, pandas as pd, torch
 from matplotlib import pyplot as plt
 from .cluster_quality import pair_quality, show_clusters
-from .cluster_study import cluster_table, k_rule, source_features, trade_figure
+from .cluster_study import cluster_table, k_rule, source_features, trade_figure, with_spread
 from .clustering import Clusters, feature_clusters, kmeans, label_clusters, load_clusters
 from .core import MarsclrError, command, whole
 from .datasets import hirise, is_copy, msl, rovers
@@ -25,7 +25,7 @@ from .runs import open_run
 from .texture import texture_clusters
 from .training import pretrain
 
-# %% ../nbs/08_reproduction.ipynb #73426525
+# %% ../nbs/08_reproduction.ipynb #8f457a1b
 laptop = dict(backbone='resnet18', image_size=64, epochs=8, batch_size=64, temperature=.2, lr=1e-3, optimizer='adamw', schedule='cosine', warmup=100,
               crop_min=.05, crop_max=.5, colour_strength=.5)
 
@@ -35,9 +35,9 @@ presets = dict(
     smoke=dict(marsyard=dict(size=96, clusters=20, pretrain=yard), msl=dict(size=192, clusters=150, pretrain=laptop)),
     clusters=dict(
         marsyard=dict(size=96, pretrain=yard, texture=dict(k=20, epochs=6, image_size=48), ks=[3, 5, 8, 14, 19, 30, 50, 100], seeds=[42, 43, 44],
-                      sources=['pixels + capture', 'texture + capture'], train_seeds=[42, 43, 44]),
+                      sources=['pixels + capture', 'eq. 1 features'], train_seeds=[42, 43, 44]),
         msl=dict(size=192, pretrain=laptop, texture=dict(k=150, epochs=12, embed_size=128), ks=[3, 5, 8, 14, 19, 50, 100, 150, 300], seeds=[42, 43, 44],
-                 sources=['pixels + capture', 'texture + capture'], train_seeds=[42, 43])))
+                 sources=['pixels + capture', 'eq. 1 features'], train_seeds=[42, 43, 44])))
 
 # %% ../nbs/08_reproduction.ipynb #2baa51ef
 def open_folder(

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np, pandas as pd, torch
 from matplotlib import pyplot as plt
 from marsclr.cluster_quality import pair_quality, show_clusters
-from marsclr.cluster_study import cluster_table, k_rule, source_features, trade_figure
+from marsclr.cluster_study import cluster_table, k_rule, source_features, trade_figure, with_spread
 from marsclr.clustering import Clusters, feature_clusters, kmeans, label_clusters, load_clusters
 from marsclr.core import MarsclrError, command, whole
 from marsclr.datasets import hirise, is_copy, msl, rovers
