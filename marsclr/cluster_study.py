@@ -76,15 +76,16 @@ def cluster_table(
         print(f'{name}: {len(rows)} rows', flush=True)
     return pd.read_csv(path)
 
-# %% ../nbs/07a_cluster_study.ipynb #5674f8f1
+# %% ../nbs/07a_cluster_study.ipynb #4078a4a1
 def with_spread(
     table:pd.DataFrame, # one row a seed
     by,                 # columns that tell cases apart
     columns,            # shares in [0, 1]
 ) -> pd.DataFrame: # text
-    "Mean and standard deviation over seeds, in %"
+    "Mean and standard deviation over seeds, in %; the mean alone where there is one seed"
     g = table.groupby(by, sort=False)[columns]
-    return (g.mean()*100).round(1).astype(str) + ' ± ' + (g.std()*100).round(1).astype(str)
+    mean,sd = ((o*100).round(1) for o in (g.mean(), g.std()))
+    return (mean.astype(str) + ' ± ' + sd.astype(str)).where(sd.notna(), mean.astype(str))
 
 # %% ../nbs/07a_cluster_study.ipynb #e1f571ca
 def trade_figure(

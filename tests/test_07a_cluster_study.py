@@ -23,8 +23,8 @@ from marsclr.cluster_study import *
 
 def test_the_table():
     global table, tmp
-    two = pd.DataFrame(dict(k=[5, 5], caught=[.1, .3]))
-    test_eq(with_spread(two, 'k', ['caught']).caught[5], '20.0 ± 14.1')
+    three = pd.DataFrame(dict(k=[5, 5, 0], caught=[.1, .3, .2]))
+    test_eq(with_spread(three, 'k', ['caught']).caught.to_dict(), {5: '20.0 ± 14.1', 0: '20.0'})
 
     tmp = Path(tempfile.mkdtemp())
     pack = pack_archive(msl(write_marsyard(tmp/'yard', n=400, size=64)), tmp/'pack', size=64)

@@ -74,7 +74,7 @@ def spoil(base):
     half = {o.name: o.read_bytes()[:o.stat().st_size//2] for o in (base/'run').iterdir() if o.suffix in ('.pt', '.safetensors')}
     copy_run(base, 'cut', half)
     copy_run(base, 'stopped', {'checkpoint.pt': half['checkpoint.pt']})
-    copy_run(base, 'listed', {'config.json': b'[1, 2]'})
+    copy_run(base, 'listed', {'config.json': b'[1, 2]', 'encoder.safetensors': b''})
     copy_run(base, 'hollow', {'checkpoint.pt': b''})
     copy_run(base, 'crafted', {'checkpoint.pt': pickle.dumps(dict(model=Crafted()), 2)})
     for name, model in (('crafted-zip', Crafted()), ('foreign', {})):
