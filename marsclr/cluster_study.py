@@ -87,17 +87,16 @@ def with_spread(
     mean,sd = ((o*100).round(1) for o in (g.mean(), g.std()))
     return (mean.astype(str) + ' ± ' + sd.astype(str)).where(sd.notna(), mean.astype(str))
 
-# %% ../nbs/07a_cluster_study.ipynb #e1f571ca
+# %% ../nbs/07a_cluster_study.ipynb #d6455570
 def trade_figure(
     table:pd.DataFrame, # what `cluster_table` made
-    sources=None,       # which to draw, all by default
 ):
     "Share of false negatives caught against share of true negatives swallowed, a curve a source, a point a number of clusters"
     names = list(dict.fromkeys(table.pack))
     fig,axs = plt.subplots(1, len(names), figsize=(2.2+3*len(names), 3), dpi=80, sharey=True, squeeze=False, layout='constrained')
     for ax,name in zip(axs[0], names):
         t = table[(table.pack == name) & (table.source != 'capture')]
-        for source in sources or dict.fromkeys(t.source):
+        for source in dict.fromkeys(t.source):
             m = t[t.source == source].groupby('k')[['caught', 'swallowed']].mean()*100
             ax.plot(m.swallowed, m.caught, marker='.', label=source)
         ax.plot([0, 100], [0, 100], ls=':', color='grey')
@@ -107,13 +106,12 @@ def trade_figure(
     fig.legend(*axs[0,0].get_legend_handles_labels(), fontsize=7, loc='outside right upper')
     return fig
 
-# %% ../nbs/07a_cluster_study.ipynb #73970ec7
+# %% ../nbs/07a_cluster_study.ipynb #260685da
 def k_rule(
     table:pd.DataFrame, # what `cluster_table` made
-    ks=None,            # candidates, all by default
 ) -> pd.DataFrame: # a row a pack and source
     "The K with the largest stability over seeds, and what that costs against the best K, in caught - swallowed"
-    t = table[(table.k >= 3) & (table.k.isin(ks) if ks else True)].copy()
+    t = table[table.k >= 3].copy()
     t['gain'] = t.caught - t.swallowed
     m = t.groupby(['pack', 'source', 'k'])[['stability', 'gain']].mean().reset_index()
     def row(g):

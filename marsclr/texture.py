@@ -220,7 +220,7 @@ def check_trunk(
     if len(shape) != 4 or shape[1] != trunk.num_features: raise MarsclrError(f'the backbone gives features of shape {tuple(shape)}, not a map: choose a convolutional one')
     trunk.train()
 
-# %% ../nbs/02a_texture.ipynb #802b30d9
+# %% ../nbs/02a_texture.ipynb #e410ec05
 optimizers = dict(adamw=partial(OptimWrapper, opt=torch.optim.AdamW, fused=True), sgd=partial(OptimWrapper, opt=torch.optim.SGD, momentum=.9))
 
 def texture_clusters(
@@ -252,7 +252,7 @@ def texture_clusters(
     torch.manual_seed(seed)
     trunk,start = starting_trunk(init, backbone)
     check_trunk(trunk, image_size)
-    config = dict(settings, crops=list(crops), start=start, pack=pack.name, images=len(pack), pack_fingerprint=pack.fingerprint, marsclr=__version__)
+    config = dict(settings, backbone=trunk.default_cfg['architecture'], crops=list(crops), start=start, pack=pack.name, images=len(pack), pack_fingerprint=pack.fingerprint, marsclr=__version__)
     if open_run(run, config, 'clusters.npz'):
         print(f'texture clustering of {len(pack)} images into {k} from {start}', flush=True)
         _train(TextureNet(trunk, variant=variant), pack, run, config, save_every, pick_device(device))

@@ -26,7 +26,9 @@ import shutil, tempfile
 from unittest.mock import patch
 import matplotlib.pyplot as plt, pandas as pd
 from fastcore.test import *
+from marsclr.core import write_json
 from marsclr.datasets import msl
+from marsclr.encoders import save_encoder
 from marsclr.marsyard import write_marsyard
 from marsclr.packing import pack_archive
 from marsclr.texture import *
@@ -120,6 +122,12 @@ def test_the_whole_of_it():
 
     z = encode(load_texture(tmp/'run'), pack, 32, device='cpu')
     test_eq(kmeans(whiten(z).numpy(), 12, 42+3)[0], found.ids)
+
+    save_encoder(create_encoder('resnet10t'), tmp/'encoder/encoder.safetensors')
+    write_json(tmp/'encoder/config.json', dict(backbone='resnet10t'))
+    texture_clusters(pack, tmp/'from', **{**kw, 'epochs': 1, 'backbone': 'resnet18'}, init=str(tmp/'encoder'))
+    test_eq(read_json(tmp/'from/config.json')['backbone'], 'resnet10t')
+    test_eq(encode(load_texture(tmp/'from'), pack, 32, device='cpu').shape, (300, 512))
 
 
 def test_what_is_refused_and_what_is_not():
