@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['create_encoder', 'projection_head', 'ContrastiveModel', 'save_encoder', 'load_encoder', 'pick_device', 'encode']
 
-# %% ../nbs/01a_encoders.ipynb #d9e9d5b5
+# %% ../nbs/01a_encoders.ipynb #5590f7fd
 import difflib, os
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from torch import nn
 from .augmentations import whole_views
 from .core import MarsclrError, one_line, read_json, whole, write_json
 from .packing import Pack
+from .processes import gather_parts, part, rank
 
 # %% ../nbs/01a_encoders.ipynb #184998d5
 def create_encoder(
@@ -80,7 +81,7 @@ def load_encoder(
     except (RuntimeError, OSError, ValueError, SafetensorError) as e: raise MarsclrError(f'{weights} is damaged or of another backbone ({one_line(e)})') from e
     return encoder.eval()
 
-# %% ../nbs/01a_encoders.ipynb #1fe08df6
+# %% ../nbs/01a_encoders.ipynb #fd23d654
 def pick_device(
     name=None, # 'cpu', 'cuda', ...; if not given, this process's GPU, or else fastai's default device
 ) -> torch.device:
@@ -98,13 +99,13 @@ def encode(
     device=None,       # fastai's default device by default
     progress=False,    # show a progress bar
 ) -> torch.Tensor: # (N, num_features) float32, on the CPU
-    "Features of whole images, in bfloat16 and evaluation mode; the encoder's own mode is restored"
-    device,training = pick_device(device),encoder.training
+    "Features of whole images, in bfloat16 and evaluation mode; the encoder's own mode is restored. Several processes share the work"
+    device,training,progress = pick_device(device),encoder.training,progress and rank() == 0
     encoder.to(device, memory_format=torch.channels_last).eval()
-    out = []
+    rows,out = part(len(pack)) or range(1),[]
     with torch.autocast(device.type, torch.bfloat16):
-        for i in progress_bar(range(0, len(pack), bs), display=progress, leave=progress):
-            x = whole_views(pack[np.arange(i, min(i+bs, len(pack)))].to(device), size)
+        for i in progress_bar(range(0, len(rows), bs), display=progress, leave=progress):
+            x = whole_views(pack[np.array(rows[i:i+bs])].to(device), size)
             out.append(encoder(x.contiguous(memory_format=torch.channels_last)).float().cpu())
     encoder.train(training)
-    return torch.cat(out)
+    return gather_parts(torch.cat(out), len(pack), device)

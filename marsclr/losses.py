@@ -4,17 +4,17 @@
 
 # %% auto #0
 __all__ = ['NTXentLoss', 'DCLLoss', 'ClusterAwareLoss', 'EliminationLoss', 'AttractionLoss', 'losses', 'contrastive_loss',
-           'gather', 'ContrastiveLoss']
+           'ContrastiveLoss']
 
-# %% ../nbs/03_losses.ipynb #4130d695
+# %% ../nbs/03_losses.ipynb #8a10bebb
 from functools import partial
 
-import torch, torch.distributed as dist, torch.nn.functional as F
+import torch, torch.nn.functional as F
 from torch import nn
-from torch.distributed.nn.functional import all_gather
 from .core import MarsclrError
+from .processes import gather, mean_of_all, rank
 
-# %% ../nbs/03_losses.ipynb #3980eeb4
+# %% ../nbs/03_losses.ipynb #ea4a4133
 def contrastive_loss(
     z:torch.Tensor,             # (M, D) projections of the views
     ids:torch.Tensor,           # (M,) int64: the image of each view
@@ -23,12 +23,12 @@ def contrastive_loss(
     positives='view',           # 'view': of the same image; 'cluster': of the same cluster
     negatives='view',           # 'view': all other views, eq. 1's k != i; 'cluster': views of other clusters, eq. 2's c_k != c_i
     positive_below=True,        # does the positive stand in the denominator?
+    anchors=slice(None),        # which views are anchors; all by default
 ) -> tuple: # the loss (scalar), and the number of anchors without a negative
     "A contrastive loss; mean over each anchor's positives, then over anchors"
     z = F.normalize(z if z.dtype == torch.float64 else z.float(), dim=1)
-    s = z @ z.T/temperature
-    itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
-    positive,other = _masks(ids, clusters, positives, negatives, itself)
+    s = z[anchors] @ z.T/temperature
+    positive,other = _masks(ids, clusters, positives, negatives, anchors)
     if not positive_below or negatives == 'cluster': other = other & ~positive
     lonely = ~(other & ~positive).any(1)
     below = torch.where(other | lonely[:,None], s, -torch.inf).logsumexp(1)[:,None]
@@ -36,26 +36,16 @@ def contrastive_loss(
     pairs = torch.where(positive & ~lonely[:,None], below - s, 0)
     return (pairs.sum(1)/positive.sum(1).clamp(min=1)).mean(), lonely.sum()
 
-# %% ../nbs/03_losses.ipynb #48b22384
-def _masks(ids, clusters, positives, negatives, itself):
+# %% ../nbs/03_losses.ipynb #b19ff06f
+def _masks(ids, clusters, positives, negatives, anchors):
     "Which views are an anchor's positives, and which may stand in its denominator"
-    def same(o): return o[:,None] == o
+    def same(o): return o[anchors][:,None] == o
+    itself = same(torch.arange(len(ids), device=ids.device))
     positive = (same(ids) if positives == 'view' else same(clusters)) & ~itself
     other = ~itself if negatives == 'view' else ~same(clusters)
     return positive, other
 
-# %% ../nbs/03_losses.ipynb #620d7512
-def gather(
-    x:torch.Tensor, # (M, ...) of this process
-) -> torch.Tensor: # (processes * M, ...) of all; with gradient, where `x` has one
-    "Put together what all processes hold; on a single one, `x` itself"
-    if not (dist.is_available() and dist.is_initialized()): return x
-    if x.requires_grad: return torch.cat(all_gather(x.contiguous()))
-    out = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-    dist.all_gather(out, x.contiguous())
-    return torch.cat(out)
-
-# %% ../nbs/03_losses.ipynb #311fd8ea
+# %% ../nbs/03_losses.ipynb #8aa36361
 class ContrastiveLoss(nn.Module):
     "A contrastive loss with named switches: which pairs are positives, which views negatives, and whether the positive stands in the denominator"
     def __init__(self,
@@ -82,9 +72,10 @@ class ContrastiveLoss(nn.Module):
         if self.needs_clusters and clusters is None: raise MarsclrError('this loss needs cluster ids, one a view')
         for o in (ids, clusters):
             if o is not None and o.shape != z.shape[:1]: raise MarsclrError(f'{len(z)} projections with ids of shape {tuple(o.shape)}: give one id a view')
+        anchors = slice(rank()*len(z), (rank()+1)*len(z))
         z,ids,clusters = gather(z), gather(ids), None if clusters is None else gather(clusters)
-        loss,self.lonely = contrastive_loss(z, ids, clusters, self.temperature, self.positives, self.negatives, self.positive_below)
-        return loss
+        loss,self.lonely = contrastive_loss(z, ids, clusters, self.temperature, self.positives, self.negatives, self.positive_below, anchors)
+        return mean_of_all(loss)
 
     def extra_repr(self): return f'temperature={self.temperature}, positives={self.positives}, negatives={self.negatives}, positive_below={self.positive_below}'
 

@@ -6,7 +6,7 @@
 __all__ = ['optimizers', 'Encoding', 'Fusion', 'TextureNet', 'TripletLoss', 'BalancedLoader', 'moved', 'Recluster',
            'ClusterViews', 'starting_trunk', 'check_trunk', 'texture_clusters', 'load_texture']
 
-# %% ../nbs/02a_texture.ipynb #f19d9098
+# %% ../nbs/02a_texture.ipynb #0e1800c3
 import hashlib, math, os
 from functools import partial
 from pathlib import Path
@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np, torch, torch.nn.functional as F
 from fastai.callback.core import Callback, CancelValidException
 from fastai.data.core import DataLoaders
-from fastai.distributed import num_distrib
 from fastai.learner import Learner
 from fastai.optimizer import OptimWrapper
 from safetensors import SafetensorError
@@ -29,6 +28,7 @@ from .clustering import Clusters, kmeans, load_clusters, whiten
 from .core import MarsclrError, addressed_uniform, one_line, read_json, whole
 from .encoders import create_encoder, encode, load_encoder, pick_device
 from .packing import Pack, load_pack
+from .processes import decided, gather, joined, rank, world
 from .runs import Autocast, PackLoader, RunFolder, RunLearner, bare, open_run, show_progress
 
 # %% ../nbs/02a_texture.ipynb #3f18ee9e
@@ -87,7 +87,7 @@ class TextureNet(nn.Module):
         both = self.fuse(self.texture(F.normalize(patterns.flatten(1), dim=1)), self.spatial(places.mean(1)))
         return self.embed(F.normalize(both, dim=1))
 
-# %% ../nbs/02a_texture.ipynb #e7eb3893
+# %% ../nbs/02a_texture.ipynb #ec9931e3
 class TripletLoss(nn.Module):
     "Online triplet loss: all pairs of a cluster, for each one random negative of those that violate the margin"
     def __init__(self,
@@ -97,10 +97,11 @@ class TripletLoss(nn.Module):
         self.margin = margin
 
     def forward(self,
-        z:torch.Tensor,        # (M, D) embeddings
+        z:torch.Tensor,        # (M, D) embeddings of this process
         clusters:torch.Tensor, # (M,) cluster of each
         *address:int,          # of the draw: seed, epoch, step
     ) -> torch.Tensor: # scalar: the mean over pairs that have a violating negative; 0 if there is none
+        z,clusters = gather(z),gather(clusters)
         length = (z*z).sum(1)
         d = (length[:,None] + length - 2*z @ z.T).clamp(min=0)
         same = clusters[:,None] == clusters
@@ -111,7 +112,7 @@ class TripletLoss(nn.Module):
         n = torch.where(violates, u+1, 0).argmax(1) if len(a) else a
         return (gap.gather(1, n[:,None])[:,0] * violates.any(1)).sum() / violates.any(1).sum().clamp(min=1)
 
-# %% ../nbs/02a_texture.ipynb #4fde56b4
+# %% ../nbs/02a_texture.ipynb #cb93ada5
 class BalancedLoader(PackLoader):
     "Batches of `each` images of every cluster, as a pure function of (clusters, seed, epoch)"
     def __init__(self,
@@ -121,9 +122,9 @@ class BalancedLoader(PackLoader):
         seed:int=42, # of the draws
         device=None, # where batches go
     ):
-        if num_distrib() > 1: raise MarsclrError('texture clustering runs in one process: start it without accelerate launch')
-        super().__init__(pack, 1, seed, device)
+        super().__init__(pack, world(), seed, device)
         self.ids,self.each,self.bs = ids,each,each*(int(ids.max())+1)
+        if self.bs % world(): raise MarsclrError(f'a batch of {self.bs} images ({each} of each cluster) cannot be divided among {world()} processes')
 
     def __len__(self): return max(len(self.pack)//self.bs, 1)
 
@@ -137,7 +138,7 @@ class BalancedLoader(PackLoader):
         picks = [np.concatenate([rng.permutation(g) for _ in range(-(-need//len(g)))])[:need].reshape(len(self), self.each) for g in groups]
         return np.stack(picks, 1).reshape(len(self), -1)
 
-# %% ../nbs/02a_texture.ipynb #2a6c59b1
+# %% ../nbs/02a_texture.ipynb #b33cd90a
 def moved(
     old:np.ndarray, # (N,) cluster ids
     new:np.ndarray, # (N,) cluster ids
@@ -159,7 +160,7 @@ class Recluster(Callback):
 
     def cluster(self, epoch):
         z = encode(bare(self.model), self.pack, self.size, device=self.dls.device)
-        return kmeans(whiten(z, self.dim).numpy(), self.k, self.seed+epoch)
+        return decided(lambda: kmeans(whiten(z, self.dim).numpy(), self.k, self.seed+epoch))
 
     def before_epoch(self):
         if not self.dls.train.start:
@@ -174,7 +175,7 @@ class Recluster(Callback):
     def state(self): return dict(ids=torch.from_numpy(self.ids), told=self.told)
     def load_state(self, state): self.ids,self.told = state['ids'].numpy(),state['told']
 
-# %% ../nbs/02a_texture.ipynb #ff60a377
+# %% ../nbs/02a_texture.ipynb #174ba705
 class ClusterViews(Callback):
     "One crop of each image of a batch, and its cluster for the loss"
     order = 5
@@ -188,7 +189,7 @@ class ClusterViews(Callback):
         images,rows = *self.xb,*self.yb
         loader = self.dls.train
         step = loader.start + self.iter
-        slot = torch.arange(len(rows), device=rows.device) % self.each
+        slot = (torch.arange(len(rows), device=rows.device) + rank()*len(rows)) % self.each
         x = self.views(images, rows + slot*len(loader.pack), self.seed, self.epoch, step)
         self.learn.xb = (x.contiguous(memory_format=torch.channels_last),)
         self.learn.yb = (torch.as_tensor(loader.ids, device=rows.device)[rows], self.seed, self.epoch, step)
@@ -220,7 +221,7 @@ def check_trunk(
     if len(shape) != 4 or shape[1] != trunk.num_features: raise MarsclrError(f'the backbone gives features of shape {tuple(shape)}, not a map: choose a convolutional one')
     trunk.train()
 
-# %% ../nbs/02a_texture.ipynb #e410ec05
+# %% ../nbs/02a_texture.ipynb #94cd2c5f
 optimizers = dict(adamw=partial(OptimWrapper, opt=torch.optim.AdamW, fused=True), sgd=partial(OptimWrapper, opt=torch.optim.SGD, momentum=.9))
 
 def texture_clusters(
@@ -253,12 +254,13 @@ def texture_clusters(
     trunk,start = starting_trunk(init, backbone)
     check_trunk(trunk, image_size)
     config = dict(settings, backbone=trunk.default_cfg['architecture'], crops=list(crops), start=start, pack=pack.name, images=len(pack), pack_fingerprint=pack.fingerprint, marsclr=__version__)
-    if open_run(run, config, 'clusters.npz'):
-        print(f'texture clustering of {len(pack)} images into {k} from {start}', flush=True)
-        _train(TextureNet(trunk, variant=variant), pack, run, config, save_every, pick_device(device))
-    return load_clusters(run/'clusters.npz', pack)
+    with joined(pick_device(device)):
+        if open_run(run, config, 'clusters.npz'):
+            if rank() == 0: print(f'texture clustering of {len(pack)} images into {k} from {start}', flush=True)
+            _train(TextureNet(trunk, variant=variant), pack, run, config, save_every, pick_device(device))
+        return decided(lambda: load_clusters(run/'clusters.npz', pack))
 
-# %% ../nbs/02a_texture.ipynb #0b512b03
+# %% ../nbs/02a_texture.ipynb #9a3778f1
 def _train(net, pack, run, c, save_every, device):
     recluster = Recluster(pack, c['k'], size=c['embed_size'] or None, seed=c['seed'])
     loader = BalancedLoader(pack, np.arange(len(pack)) % c['k'], c['each'], c['seed'], device)
@@ -268,6 +270,7 @@ def _train(net, pack, run, c, save_every, device):
     learn.recorder.valid_metrics = False
     show_progress(learn).fit(c['epochs'])
     ids,distances = recluster.cluster(c['epochs'])
+    if rank(): return
     with whole(run/'texture.safetensors') as p: save_file({n: v.contiguous() for n,v in net.state_dict().items()}, p)
     Clusters(ids, distances, f"texture, K={c['k']}", pack.fingerprint).save(run/'clusters.npz')
 

@@ -6,7 +6,7 @@
 __all__ = ['TwoViews', 'lr_at', 'Schedule', 'adam', 'contrastive_learner', 'knn_accuracy', 'OnlineKnn', 'pretrain', 'make_config',
            'learner_from']
 
-# %% ../nbs/04_training.ipynb #ba0ef51c
+# %% ../nbs/04_training.ipynb #7d83e6b0
 import math
 from functools import partial
 from pathlib import Path
@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np, torch, torch.nn.functional as F
 from fastai.callback.core import Callback, CancelValidException
 from fastai.data.core import DataLoaders
-from fastai.distributed import rank_distrib
 from fastai.learner import Learner
 from fastai.optimizer import OptimWrapper
 from fastcore.foundation import L
@@ -25,6 +24,7 @@ from .core import MarsclrError
 from .encoders import ContrastiveModel, create_encoder, encode, pick_device, projection_head, save_encoder
 from .losses import losses
 from .packing import Pack, concat_packs, load_pack
+from .processes import agree, joined, rank
 from .runs import Autocast, PackLoader, RunFolder, RunLearner, bare, open_run, show_progress
 
 # %% ../nbs/04_training.ipynb #e7348dbb
@@ -111,7 +111,7 @@ def contrastive_learner(
     learn.recorder.valid_metrics = False
     return learn
 
-# %% ../nbs/04_training.ipynb #6bc14aa9
+# %% ../nbs/04_training.ipynb #d60691ad
 def knn_accuracy(
     train:torch.Tensor,  # (N, D) features that vote
     labels:torch.Tensor, # (N,) int64
@@ -137,7 +137,6 @@ class OnlineKnn(Callback):
         self.size,self.accuracy = size,float('nan')
 
     def after_epoch(self):
-        if rank_distrib(): return
         encoder = bare(self.model).encoder
         feats = [encode(encoder, p, self.size, device=self.dls.device) for p in (self.train, self.val)]
         labels = [torch.tensor(p.table.label.to_numpy()) for p in (self.train, self.val)]
@@ -145,7 +144,7 @@ class OnlineKnn(Callback):
 
     def log_row(self): return dict(knn=f'{self.accuracy:.4f}')
 
-# %% ../nbs/04_training.ipynb #4d885645
+# %% ../nbs/04_training.ipynb #9b5bd506
 def pretrain(
     pack:str,                # pack folder; several, separated by commas, are mixed (section 4.3)
     run:str,                 # run folder to make, or to take up where it stopped
@@ -173,17 +172,17 @@ def pretrain(
     device:str='',           # cpu, cuda, ...; the best there is by default
 ) -> Path: # the run folder
     "Pretrain an encoder without labels"
-    settings = dict(locals())
+    settings,run = dict(locals()),Path(run)
     data = concat_packs(*(load_pack(o) for o in pack.split(',')))
     groups = load_clusters(clusters, data) if clusters else None
     config = make_config(settings, data, groups)
-    learn = learner_from(config, data, groups, run, save_every, load_pack(knn) if knn else None, device or None)
-    if not open_run(run, config):
-        print(f'{run} is finished', flush=True)
-        return Path(run)
-    with learn.distrib_ctx(sync_bn=learn.dls.device.type == 'cuda'): learn.fit(epochs)
-    if rank_distrib() == 0: save_encoder(bare(learn.model).encoder, Path(run)/'encoder.safetensors')
-    return Path(run)
+    with joined(pick_device(device)):
+        learn = learner_from(config, data, groups, run, save_every, load_pack(knn) if knn else None, device)
+        if open_run(run, config):
+            learn.fit(epochs)
+            if rank() == 0: save_encoder(bare(learn.model).encoder, run/'encoder.safetensors')
+        elif rank() == 0: print(f'{run} is finished', flush=True)
+    return run
 
 # %% ../nbs/04_training.ipynb #02ef85dc
 def make_config(

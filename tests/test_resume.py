@@ -1,15 +1,17 @@
-"A run that is killed again and again ends where a run that was left alone ends, to the byte; a full disk costs no checkpoint."
+"A run that is killed twenty times ends where a run that was left alone ends, to the byte; nothing that happens to it costs more than one checkpoint."
 import csv
 import errno
 import glob
 import io
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -19,43 +21,50 @@ from marsclr.datasets import msl
 from marsclr.marsyard import write_marsyard
 from marsclr.packing import pack_archive
 from marsclr.pretrain import marsclr_pretrain
-from marsclr.training import open_run
+from marsclr.runs import load_checkpoint, open_run
 
-SMALL = '--backbone resnet10t --image_size 32 --batch_size 16 --epochs 6 --save_every 1 --device cpu'.split()  # 24 steps
-KEPT = {'config.json', 'log.csv', 'checkpoint.pt', 'encoder.safetensors'}
+SMALL = '--backbone resnet10t --image_size 32 --batch_size 16 --epochs 30 --save_every 1 --device cpu'.split()  # 120 steps
+LAUNCH = [sys.executable, '-c', 'from marsclr.processes import marsclr_launch; marsclr_launch()', '--cpu', '--num_processes', '2', '-m']
+KEPT = {'config.json', 'log.csv', 'checkpoint.pt', 'checkpoint-before.pt', 'encoder.safetensors'}
 
 
-def start(pack, run):
-    return subprocess.Popen([sys.executable, '-m', 'marsclr.pretrain', pack, run, *SMALL], env=os.environ | {'OMP_NUM_THREADS': '1'},
+def start(pack, run, launch=(sys.executable, '-m')):
+    return subprocess.Popen([*launch, 'marsclr.pretrain', pack, run, *SMALL], env=os.environ | {'OMP_NUM_THREADS': '1'},
                             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
-def finish(pack, run):
-    process = start(pack, run)
+def finish(pack, run, **kwargs):
+    process = start(pack, run, **kwargs)
     err = process.communicate(timeout=120)[1]
     assert process.returncode == 0, err
 
 
 def position(run):
-    "Epoch and step of the checkpoint, which must be readable, or None"
-    if not (run/'checkpoint.pt').exists(): return None
-    state = torch.load(run/'checkpoint.pt', weights_only=True)
-    return state['epoch'], state['step']
+    "Epoch and step of the newest checkpoint, which must be readable, or None"
+    for name in ('checkpoint.pt', 'checkpoint-before.pt'):
+        with suppress(FileNotFoundError):
+            state = torch.load(run/name, weights_only=True)
+            return state['epoch'], state['step']
 
 
-def kill(pack, run, checkpoints, delay=None):
-    "Kill a run once it has written that many checkpoints: after a delay, or while it writes the next. The positions of the checkpoints, as they came"
-    process, seen = start(pack, run), [position(run)]
+def wait_for(process, condition):
+    "Wait until it holds; the process must not end before"
     began = time.monotonic()
-    while len(seen) <= checkpoints or delay is None and not glob.glob(f'{run}/.checkpoint.pt-*/*'):
+    while not condition():
         assert process.poll() is None and time.monotonic() - began < 120, process.stderr.read() if process.poll() else 'it ended too early, or hangs'
-        now = position(run)
-        if now != seen[-1]: seen.append(now)
-    time.sleep(delay or 0)
+
+
+def kill(pack, run, when):
+    "Kill a run `when` seconds after its next checkpoint (after its start, if that is below zero), or while it writes one (None). The position it is left at"
+    process, before = start(pack, run), position(run)
+    if when is None or when >= 0: wait_for(process, lambda: position(run) != before)
+    if when is None: wait_for(process, lambda: glob.glob(f'{run}/.checkpoint.pt-*/*'))
+    else: time.sleep(abs(when))
     assert process.poll() is None, 'there was nothing left to kill'
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    return [o for o in [*seen, position(run)] if o]
+    for o in run.glob('checkpoint*.pt'): load_checkpoint(o)
+    return position(run)
 
 
 @pytest.fixture(scope='module')
@@ -75,17 +84,19 @@ def alone(pack, tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def killed(pack, tmp_path_factory):
-    "A run that is killed three times; with the positions of the checkpoints"
+    "A run that is killed twenty times: eight times at a random moment of a step, eight times while it writes a checkpoint, four times while it starts; with the positions it was left at"
     run, rng = tmp_path_factory.mktemp('killed')/'run', random.Random(7)
-    seen = kill(pack, run, 1, rng.uniform(0, .5)) + kill(pack, run, 2) + kill(pack, run, rng.randint(1, 4), rng.uniform(0, .5))
+    moments = [rng.uniform(0, .2) for _ in range(8)] + [None]*8 + [-rng.uniform(.5, 8) for _ in range(4)]
+    rng.shuffle(moments)
+    left = [kill(pack, run, o) for o in moments]
     finish(pack, run)
-    return run, [*seen, position(run)]
+    return run, [o for o in [*left, position(run)] if o]
 
 
 def test_the_run_was_stopped_midway_and_never_went_back(killed):
-    _, seen = killed
-    assert seen == sorted(seen) and seen[0] < (6, 0) and seen[-1] == (6, 0)
-    assert len(set(seen)) >= 5 and any(step for _, step in seen)
+    _, left = killed
+    assert left == sorted(left) and left[0] < (30, 0) and left[-1] == (30, 0)
+    assert len(set(left)) >= 16 and any(step for _, step in left)
 
 
 def test_the_encoder_is_that_of_an_undisturbed_run(killed, alone):
@@ -96,7 +107,7 @@ def test_the_log_is_that_of_an_undisturbed_run(killed, alone):
     logs = [list(csv.DictReader((o/'log.csv').read_text().splitlines())) for o in (killed[0], alone)]
     for row in logs[0] + logs[1]: del row['seconds'], row['images_per_s']
     assert logs[0] == logs[1]
-    assert [o['epoch'] for o in logs[0]] == list('012345') and len({o['loss'] for o in logs[0]}) == 6
+    assert [int(o['epoch']) for o in logs[0]] == list(range(30)) and len({o['loss'] for o in logs[0]}) == 30
 
 
 def test_nothing_but_the_run_is_left(killed, alone):
@@ -132,21 +143,85 @@ def test_a_write_that_fails_halfway_leaves_the_checkpoint_before(pack, tmp_path,
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     monkeypatch.setattr(torch, 'save', full_disk)
     with pytest.raises(SystemExit) as e: marsclr_pretrain([str(pack), str(run), *SMALL])
-    assert e.value.code == f'marsclr_pretrain: {run}/checkpoint.pt cannot be written (OSError: [Errno 28] No space left on device); the one before is intact'
-    assert position(run) == (0, 2) and {o.name for o in run.iterdir()} == {'config.json', 'checkpoint.pt'}
+    assert e.value.code == f'marsclr_pretrain: {run}/checkpoint.pt cannot be written (OSError: [Errno 28] No space left on device); the last one is intact'
+    assert position(run) == (0, 2) and {o.name for o in run.iterdir()} == {'config.json', 'checkpoint.pt', 'checkpoint-before.pt'}
 
 
 def test_a_full_disk_leaves_the_checkpoint_before(pack, alone, tmp_path):
     disk = tmp_path/'disk'
     disk.mkdir()
-    size = (alone/'checkpoint.pt').stat().st_size*3//2  # room for one, not for the next beside it
+    size = (alone/'checkpoint.pt').stat().st_size*5//2  # room for two, not for the next beside them
     mounted = subprocess.run(['mount', '-t', 'tmpfs', '-o', f'size={size}', 'tmpfs', disk], capture_output=True, text=True)
     if mounted.returncode: pytest.skip(f'no small disk can be mounted: {mounted.stderr.strip()}')
     try:
         with pytest.raises(SystemExit, match=f'^marsclr_pretrain: {disk}/run/checkpoint.pt cannot be written [^\n]*$'):
             marsclr_pretrain([str(pack), str(disk/'run'), *SMALL])
-        assert position(disk/'run') == (0, 1) and {o.name for o in (disk/'run').iterdir()} == {'config.json', 'checkpoint.pt'}
+        assert {o.name for o in (disk/'run').iterdir()} == {'config.json', 'checkpoint.pt', 'checkpoint-before.pt'}
+        assert position(disk/'run') == (0, 2) and [load_checkpoint(disk/'run'/o)['step'] for o in ('checkpoint.pt', 'checkpoint-before.pt')] == [2, 1]
     finally: subprocess.run(['umount', disk], check=True)
+
+
+def test_a_damaged_checkpoint_costs_one_step(pack, alone, tmp_path, capsys):
+    run = shutil.copytree(alone, tmp_path/'run', ignore=shutil.ignore_patterns('encoder*'))
+    bits = bytearray((run/'checkpoint.pt').read_bytes())
+    bits[len(bits)//2] ^= 1
+    (run/'checkpoint.pt').write_bytes(bits)
+    marsclr_pretrain([str(pack), str(run), *SMALL])
+    assert re.search(rf'^{run}/checkpoint.pt cannot be read .* has another checksum\): going on from {run}/checkpoint-before.pt$', capsys.readouterr().out, re.M)
+    assert (run/'encoder.safetensors').read_bytes() == (alone/'encoder.safetensors').read_bytes()
+
+
+def test_sigterm_saves_and_the_same_command_goes_on(pack, alone, tmp_path):
+    run = tmp_path/'run'
+    process = start(pack, run)
+    wait_for(process, lambda: position(run))
+    process.terminate()
+    last = process.communicate(timeout=60)[1].splitlines()[-1]
+    epoch, step = position(run)
+    assert process.returncode == 143
+    assert last == f'marsclr_pretrain: {run} stopped by SIGTERM before epoch {epoch}, step {step}: the same command goes on from there'
+    finish(pack, run)
+    assert (run/'encoder.safetensors').read_bytes() == (alone/'encoder.safetensors').read_bytes()
+
+
+def children(process): return [int(o) for o in Path(f'/proc/{process.pid}/task/{process.pid}/children').read_text().split()]
+
+
+def rank_of(pid): return dict(o.split('=', 1) for o in Path(f'/proc/{pid}/environ').read_text().split('\0') if '=' in o).get('RANK')
+
+
+@pytest.mark.skipif(not Path('/proc/self/environ').exists(), reason='which process has which rank is read from /proc')
+@pytest.mark.parametrize('which', ['0', '1'])
+def test_two_processes_of_which_one_is_killed_go_on(which, pack, tmp_path):
+    alone, run = tmp_path/'alone', tmp_path/'run'
+    finish(pack, alone, launch=LAUNCH)
+    process = start(pack, run, launch=LAUNCH)
+    wait_for(process, lambda: position(run))
+    [victim] = [o for o in children(process) if rank_of(o) == which]
+    os.kill(victim, signal.SIGKILL)
+    err = process.communicate(timeout=60)[1]
+    assert process.returncode == 1 and err.splitlines()[-1] == f'marsclr_launch: process {which} failed first: Signal 9 (SIGKILL) received by PID {victim}', err
+    finish(pack, run, launch=LAUNCH)
+    assert (run/'encoder.safetensors').read_bytes() == (alone/'encoder.safetensors').read_bytes()
+
+
+def test_sigterm_to_two_processes_stops_both_at_one_step(pack, tmp_path):
+    run = tmp_path/'run'
+    process = start(pack, run, launch=LAUNCH)
+    wait_for(process, lambda: position(run))
+    process.terminate()
+    err = process.communicate(timeout=60)[1]
+    assert process.returncode == 143 and err.splitlines()[-1] == 'marsclr_launch: stopped by SIGTERM', err
+    stopped = [o for o in err.splitlines() if 'the same command goes on from there' in o]
+    assert len(stopped) == 2 and len(set(stopped)) == 1
+    assert 'epoch {}, step {}:'.format(*position(run)) in stopped[0]
+
+
+def test_a_learning_rate_that_explodes_stops_with_the_step(pack, tmp_path):
+    with pytest.raises(SystemExit, match=r'^marsclr_pretrain: the loss is (nan|inf) at epoch \d+, step \d+ \(ContrastiveLoss\(temperature=0.5, .*lr 1.0e\+30, bf16\): lower the learning rate'
+                                         r'|^marsclr_pretrain: .* is not finite after epoch \d+, step \d+: lower the learning rate'):
+        marsclr_pretrain([str(pack), str(tmp_path/'run'), *SMALL, '--lr', '1e30'])
+    for o in (tmp_path/'run').glob('checkpoint*.pt'): assert all(v.isfinite().all() for v in load_checkpoint(o)['model'].values())
 
 
 def cluster(pack, to):
