@@ -11,6 +11,7 @@ from torch import nn
 from marsclr.augmentations import whole_views
 from marsclr.core import MarsclrError, one_line, read_json, whole, write_json
 from marsclr.packing import Pack
+from marsclr.processes import gather_parts, part, rank
 import tempfile
 import pandas as pd
 from fastcore.test import *

@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np, torch, torch.nn.functional as F
 from fastai.callback.core import Callback, CancelValidException
 from fastai.data.core import DataLoaders
-from fastai.distributed import num_distrib
 from fastai.learner import Learner
 from fastai.optimizer import OptimWrapper
 from safetensors import SafetensorError
@@ -21,6 +20,7 @@ from marsclr.clustering import Clusters, kmeans, load_clusters, whiten
 from marsclr.core import MarsclrError, addressed_uniform, one_line, read_json, whole
 from marsclr.encoders import create_encoder, encode, load_encoder, pick_device
 from marsclr.packing import Pack, load_pack
+from marsclr.processes import decided, gather, joined, rank, world
 from marsclr.runs import Autocast, PackLoader, RunFolder, RunLearner, bare, open_run, show_progress
 import shutil, tempfile
 from unittest.mock import patch
@@ -100,7 +100,7 @@ def test_the_whole_of_it():
     kw = dict(k=12, epochs=3, image_size=32, embed_size=32, backbone='resnet10t', device='cpu')
     found = texture_clusters(pack, tmp/'run', **kw)
     test_eq((len(found), found.k), (300, 12))
-    test_eq(sorted(o.name for o in (tmp/'run').iterdir()), ['checkpoint.pt', 'clusters.npz', 'config.json', 'log.csv', 'texture.safetensors'])
+    test_eq(sorted(o.name for o in (tmp/'run').iterdir()), ['checkpoint-before.pt', 'checkpoint.pt', 'clusters.npz', 'config.json', 'log.csv', 'texture.safetensors'])
     pd.read_csv(tmp/'run/log.csv')
 
     fig,axs = plt.subplots(2, 9, figsize=(7, 1.7), dpi=70)

@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np, torch, torch.nn.functional as F
 from fastai.callback.core import Callback, CancelValidException
 from fastai.data.core import DataLoaders
-from fastai.distributed import rank_distrib
 from fastai.learner import Learner
 from fastai.optimizer import OptimWrapper
 from fastcore.foundation import L
@@ -17,6 +16,7 @@ from marsclr.core import MarsclrError
 from marsclr.encoders import ContrastiveModel, create_encoder, encode, pick_device, projection_head, save_encoder
 from marsclr.losses import losses
 from marsclr.packing import Pack, concat_packs, load_pack
+from marsclr.processes import agree, joined, rank
 from marsclr.runs import Autocast, PackLoader, RunFolder, RunLearner, bare, open_run, show_progress
 import shutil, tempfile
 import matplotlib.pyplot as plt, pandas as pd, timm
@@ -99,7 +99,7 @@ def test_the_whole_of_it_as_a_command():
     global settings
     settings = dict(backbone='resnet10t', image_size=32, epochs=2, batch_size=64, temperature=.2, knn=f'{tmp}/pack', device='cpu')
     run = pretrain(f'{tmp}/pack', f'{tmp}/run', **settings)
-    test_eq(sorted(o.name for o in run.iterdir()), ['checkpoint.pt', 'config.json', 'encoder.safetensors', 'log.csv'])
+    test_eq(sorted(o.name for o in run.iterdir()), ['checkpoint-before.pt', 'checkpoint.pt', 'config.json', 'encoder.safetensors', 'log.csv'])
     plain = timm.create_model('resnet10t', num_classes=0, checkpoint_path=run/'encoder.safetensors').eval()
     test_eq(plain.state_dict()['conv1.0.weight'], load_encoder(run).state_dict()['conv1.0.weight'])
     pd.read_csv(run/'log.csv')

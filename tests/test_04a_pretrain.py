@@ -18,8 +18,8 @@ def test_opening():
     tmp = Path(tempfile.mkdtemp())
     pack_archive(msl(write_marsyard(tmp/'yard', n=128, size=64)), tmp/'pack', size=64)
     args = f'{tmp}/pack {tmp}/run --backbone resnet10t --image_size 32 --batch_size 64 --epochs 1 --device cpu'.split()
-    launch = [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node', '2', '-m', 'marsclr.pretrain', *args]
-    done = subprocess.run(launch, env={**os.environ, 'ACCELERATE_USE_CPU': 'true', 'OMP_NUM_THREADS': '1'}, capture_output=True, text=True)
+    launch = [sys.executable, '-c', 'from marsclr.processes import marsclr_launch; marsclr_launch()', '--cpu', '--num_processes', '2', '-m', 'marsclr.pretrain', *args]
+    done = subprocess.run(launch, env={**os.environ, 'OMP_NUM_THREADS': '1'}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     test_eq(sorted(o.name for o in (tmp/'run').iterdir()), ['checkpoint.pt', 'config.json', 'encoder.safetensors', 'log.csv'])
     pd.read_csv(tmp/'run/log.csv')

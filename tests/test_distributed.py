@@ -78,7 +78,7 @@ class StopAfter(Callback):
 def projector():
     "Without batch statistics: a ConvNeXt has layer norm, and the head is linear"
     torch.manual_seed(1)
-    encoder = create_encoder('convnext_atto', depths=(1, 1, 1, 1), dims=(16, 32, 64, 128))
+    encoder = create_encoder('convnext_atto', depths=(1, 1, 1, 1), dims=(40, 80, 160, 320))
     return ContrastiveModel(encoder, nn.Linear(encoder.num_features, 16))
 
 
@@ -93,7 +93,7 @@ class Double(nn.Module):
 def sgd(params, **kwargs): return OptimWrapper(params, torch.optim.SGD, momentum=.9, **kwargs)
 
 
-PRECISIONS = {'float32': dict(opt_func=sgd, lr=.003), 'float64': dict(lr=3e-4)}
+PRECISIONS = {'float32': dict(opt_func=sgd, lr=.001), 'float64': dict(lr=3e-4)}
 
 
 def train(folder, name, precision='float32', cbs=()):
