@@ -6,8 +6,8 @@
 __all__ = ['world', 'rank', 'joined', 'gather', 'mean_of_all', 'part', 'gather_parts', 'decided', 'any_of_all', 'agree', 'cause',
            'marsclr_launch']
 
-# %% ../nbs/00d_processes.ipynb #2ed343f1
-import os, sys, time
+# %% ../nbs/00d_processes.ipynb #e5bfa0af
+import os, subprocess, sys, time
 from contextlib import contextmanager
 from datetime import timedelta
 
@@ -43,7 +43,7 @@ def joined(
         raise
     dist.destroy_process_group()
 
-# %% ../nbs/00d_processes.ipynb #888b4f75
+# %% ../nbs/00d_processes.ipynb #ecd41d1c
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
@@ -54,11 +54,10 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         parts = list(grad.contiguous().chunk(world()))
-        if dist.get_backend() != 'nccl':
-            dist.all_reduce(grad := torch.cat(parts))
-            return grad.chunk(world())[rank()]
-        mine = torch.empty_like(parts[0])
-        dist.reduce_scatter(mine, parts)
+        if dist.get_backend() == 'nccl': dist.reduce_scatter(mine := torch.empty_like(parts[0]), parts)
+        else:
+            dist.all_reduce(total := torch.cat(parts))
+            mine = total.chunk(world())[rank()]
         return mine
 
 def gather(
@@ -129,7 +128,7 @@ def agree(
     for i,o in enumerate(values[1:], 1):
         if o != values[0]: raise MarsclrError(f'process {i} sees another {what} than the first ({o}, not {values[0]}): all must read the same files')
 
-# %% ../nbs/00d_processes.ipynb #8e236c38
+# %% ../nbs/00d_processes.ipynb #593f067b
 def cause(
     e:ChildFailedError, # what the launcher raised
 ) -> str: # one line
@@ -142,15 +141,18 @@ def cause(
 def marsclr_launch(argv=None):
     "`accelerate launch` (the same options), which starts several processes on a CPU too, and whose last line says why it ended"
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = launch_command_parser()
-    parser.prog = 'marsclr_launch'
-    if '--cpu' in argv:
-        os.environ['ACCELERATE_USE_CPU'] = 'true'
-        argv[argv.index('--cpu')] = '--multi_gpu'
     for k,v in dict(num_machines=1, mixed_precision='no', dynamo_backend='no').items():
         if f'--{k}' not in argv: argv = [f'--{k}', str(v), *argv]
-    try: launch_command(parser.parse_args(argv))
+    parser = launch_command_parser()
+    parser.prog = 'marsclr_launch'
+    args = parser.parse_args(argv)
+    if args.cpu and (args.num_processes or 1) > 1:
+        os.environ['ACCELERATE_USE_CPU'] = 'true'
+        args.cpu,args.multi_gpu = False,True
+    try: launch_command(args)
     except ChildFailedError as e: sys.exit(f'marsclr_launch: {cause(e)}')
+    except subprocess.CalledProcessError as e: sys.exit(e.returncode if e.returncode > 0 else f'marsclr_launch: the process was ended by signal {-e.returncode}')
+    except ValueError as e: sys.exit(f'marsclr_launch: {e}')
     except SignalException as e:
         print(f'marsclr_launch: stopped by {e.sigval.name}', file=sys.stderr)
         sys.exit(128+e.sigval)

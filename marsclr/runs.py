@@ -6,8 +6,8 @@
 __all__ = ['PackLoader', 'RunLearner', 'bare', 'Autocast', 'RunFolder', 'load_checkpoint', 'open_run', 'run_status',
            'RunProgress', 'RunLines', 'show_progress']
 
-# %% ../nbs/01b_runs.ipynb #1db0f5cb
-import csv, pickle, shutil, sys, time, zipfile
+# %% ../nbs/01b_runs.ipynb #f5bc3d8f
+import csv, os, pickle, shutil, sys, time, zipfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
@@ -163,16 +163,15 @@ def save(self:RunFolder,
     except (OSError, RuntimeError) as e:
         raise MarsclrError(f'{self.path}/checkpoint.pt cannot be written ({one_line(e)}); the last one is intact') from e
 
-# %% ../nbs/01b_runs.ipynb #16cd32b4
+# %% ../nbs/01b_runs.ipynb #f1e6af50
 def load_checkpoint(
-    path,       # a checkpoint of a run
-    device='cpu', # where its tensors go
-) -> dict:
+    path, # a checkpoint of a run
+) -> dict: # on the CPU
     "Read a checkpoint; a damaged one, or one that would run code, is a `MarsclrError`"
     try:
         with zipfile.ZipFile(path) as f:
             if damaged := f.testzip(): raise zipfile.BadZipFile(f'{damaged} has another checksum')
-        return torch.load(path, map_location=device, weights_only=True)
+        return torch.load(path, map_location='cpu', weights_only=True)
     except (OSError, RuntimeError, EOFError, KeyError, ValueError, zipfile.BadZipFile, pickle.UnpicklingError) as e:
         raise MarsclrError(f'{path} cannot be read ({one_line(e)})') from e
 
@@ -181,13 +180,13 @@ def load(self:RunFolder,
     path, # a checkpoint
 ):
     "Take up weights, optimiser and position"
-    state = load_checkpoint(path, self.dls.device)
+    state = load_checkpoint(path)
     try:
         bare(self.model).load_state_dict(state['model'])
         self.opt.load_state_dict(state['opt'])
         for name,o in state['callbacks'].items(): getattr(self.learn, name).load_state(o)
         self.learn.first_epoch,self.dls.train.start = state['epoch'],state['step']
-        self.total,self.seen = state['total'],state['step']
+        self.total,self.seen = state['total'].to(self.dls.device),state['step']
     except (RuntimeError, KeyError, ValueError, TypeError, AttributeError, IndexError) as e:
         raise MarsclrError(f'{path} is not a checkpoint of this run ({one_line(e)})') from e
 
@@ -201,6 +200,7 @@ def resume(self:RunFolder):
             if path == there[-1]: raise MarsclrError(f'{e}, and there is none before it: remove it to start again') from e
             if rank() == 0: print(f'{e}: going on from {there[-1]}', flush=True)
         else: break
+    if there and path != there[0] and rank() == 0: os.replace(there[0], self.path/'checkpoint-damaged.pt')
     agree((self.learn.first_epoch, self.dls.train.start), 'checkpoint')
 
 @patch
