@@ -5,6 +5,7 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -131,7 +132,6 @@ def indivisible(folder):
 
 def one_process(number, w, port, work, folder):
     os.environ |= dict(RANK=str(number), LOCAL_RANK=str(number), WORLD_SIZE=str(w), MASTER_ADDR='localhost', MASTER_PORT=str(port), ACCELERATE_USE_CPU='true')
-    torch.set_num_threads(1)
     if w == 1: dist.init_process_group('gloo')  # data-parallel training wants a group even then
     with joined(torch.device('cpu')):
         assert (world(), rank(), dist.get_backend()) == (w, number, 'gloo')
@@ -143,7 +143,8 @@ def several(w, work, folder):
     with socket.socket() as s:
         s.bind(('localhost', 0))
         port = s.getsockname()[1]
-    torch.multiprocessing.spawn(one_process, (w, port, work, folder), nprocs=w)
+    with patch.dict(os.environ, OMP_NUM_THREADS='1'):  # or they fight for the cores
+        torch.multiprocessing.spawn(one_process, (w, port, work, folder), nprocs=w)
 
 
 def make_pack(folder):

@@ -190,18 +190,11 @@ def children(process): return [int(o) for o in Path(f'/proc/{process.pid}/task/{
 def rank_of(pid): return dict(o.split('=', 1) for o in Path(f'/proc/{pid}/environ').read_text().split('\0') if '=' in o).get('RANK')
 
 
-@pytest.fixture(scope='module')
-def two_alone(pack, tmp_path_factory):
-    "A run of two processes that nobody disturbs"
-    run = tmp_path_factory.mktemp('two')/'run'
-    finish(pack, run, launch=LAUNCH, epochs=8)
-    return run
-
-
 @pytest.mark.skipif(not Path('/proc/self/environ').exists(), reason='which process has which rank is read from /proc')
-@pytest.mark.parametrize('which', ['0', '1'])
-def test_two_processes_of_which_one_is_killed_go_on(which, pack, two_alone, tmp_path):
-    run = tmp_path/'run'
+def test_two_processes_of_which_one_is_killed_go_on(pack, tmp_path):
+    "The first one, which writes the checkpoints"
+    two_alone, run, which = tmp_path/'two_alone', tmp_path/'run', '0'
+    finish(pack, two_alone, launch=LAUNCH, epochs=8)
     process = start(pack, run, launch=LAUNCH, epochs=8)
     wait_for(process, lambda: position(run))
     [victim] = [o for o in children(process) if rank_of(o) == which]
