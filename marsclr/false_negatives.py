@@ -5,9 +5,11 @@
 # %% auto #0
 __all__ = ['false_negative_rate', 'check_counts', 'simulate', 'read_counts', 'class_by_cluster', 'marsclr_falseneg']
 
-# %% ../nbs/05_false_negatives.ipynb #8eaa1499
-import numpy as np, pandas as pd
+# %% ../nbs/05_false_negatives.ipynb #fa4372fe
 from pathlib import Path
+
+import numpy as np
+from sklearn.metrics.cluster import contingency_matrix
 from .clustering import load_clusters
 from .core import MarsclrError, command
 from .packing import load_pack
@@ -69,7 +71,7 @@ def simulate(
     if of == 'pairs': return 4*false/(2*batch*(2*batch-1))
     return np.divide(false, negatives, out=np.full(batches, np.nan), where=np.broadcast_to(negatives, batches) > 0)
 
-# %% ../nbs/05_false_negatives.ipynb #b07c47cd
+# %% ../nbs/05_false_negatives.ipynb #6c831950
 def read_counts(
     source:str, # counts separated by commas, a label file, or a pack folder
 ) -> np.ndarray: # images of each class
@@ -89,16 +91,14 @@ def read_counts(
 def class_by_cluster(
     pack:str,     # labeled pack folder
     clusters:str, # file made by marsclr_cluster
-) -> np.ndarray: # (classes, K) images
+) -> np.ndarray: # images of each class in each cluster
     "How the labeled images of a pack fall into clusters"
     data = load_pack(pack)
     label,ids = data.table.label.to_numpy(),load_clusters(clusters, data).ids
     if not (label >= 0).any(): raise MarsclrError(f'{pack} has no labels: the rate that clusters leave cannot be counted')
-    table = np.zeros((label.max()+1, ids.max()+1), np.int64)
-    np.add.at(table, (label[label >= 0], ids[label >= 0]), 1)
-    return table
+    return contingency_matrix(label[label >= 0], ids[label >= 0])
 
-# %% ../nbs/05_false_negatives.ipynb #a115d102
+# %% ../nbs/05_false_negatives.ipynb #8af4857d
 @command
 def marsclr_falseneg(
     what:str,        # rates
@@ -115,11 +115,12 @@ def marsclr_falseneg(
     if clusters and '+' in source: raise MarsclrError('--clusters belong to one pack: give that pack alone')
     counts = np.concatenate([read_counts(o) for o in source.split('+')])
     check_counts(counts, batch, 'pairs', replacement)
+    table = class_by_cluster(source, clusters) if clusters else None
     print(f'{counts.sum()} images, {(counts > 0).sum()} classes, the largest with {counts.max()/counts.sum():.1%}; batches of {batch}')
     for of,name in (('pairs', 'all pairs of views'), ('negatives', 'assumed negatives')):
         mean,sd = false_negative_rate(counts, batch, of, replacement)
         drawn = simulate(counts, batch, of, replacement, batches, seed)
         print(f'of {name}: {mean:.3%}, in a batch ± {sd:.3%}; {batches} simulated batches {drawn.mean():.3%} ± {drawn.std()/batches**.5:.3%}')
         if clusters:
-            left = simulate(class_by_cluster(source, clusters), batch, of, replacement, batches, seed)
+            left = simulate(table, batch, of, replacement, batches, seed)
             print(f'of {name}, with {Path(clusters).name}: {np.nanmean(left):.3%} ± {np.nanstd(left)/batches**.5:.3%} are left')

@@ -24,7 +24,7 @@ from .core import MarsclrError
 from .encoders import ContrastiveModel, create_encoder, encode, pick_device, projection_head, save_encoder
 from .losses import losses
 from .packing import Pack, concat_packs, load_pack
-from .processes import agree, joined, rank
+from .processes import joined, rank
 from .runs import Autocast, PackLoader, RunFolder, RunLearner, bare, open_run, show_progress
 
 # %% ../nbs/04_training.ipynb #e7348dbb

@@ -16,7 +16,7 @@ from marsclr.core import MarsclrError
 from marsclr.encoders import ContrastiveModel, create_encoder, encode, pick_device, projection_head, save_encoder
 from marsclr.losses import losses
 from marsclr.packing import Pack, concat_packs, load_pack
-from marsclr.processes import agree, joined, rank
+from marsclr.processes import joined, rank
 from marsclr.runs import Autocast, PackLoader, RunFolder, RunLearner, bare, open_run, show_progress
 import shutil, tempfile
 import matplotlib.pyplot as plt, pandas as pd, timm
