@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['laptop', 'yard', 'presets', 'open_folder', 'make_packs', 'make_encoders', 'report_clusters', 'probe_all',
-           'accuracy_figure', 'reproduce', 'study', 'train_with', 'marsclr_reproduce']
+           'accuracy_figure', 'reproduce', 'study', 'train_with', 'reference_archives', 'marsclr_reproduce']
 
-# %% ../nbs/08_reproduction.ipynb #f9a32461
+# %% ../nbs/08_reproduction.ipynb #a2f49ebb
 import time
 from pathlib import Path
 
@@ -16,8 +16,10 @@ from .cluster_quality import pair_quality, show_clusters
 from .cluster_study import cluster_table, k_rule, source_features, trade_figure, with_spread
 from .clustering import Clusters, feature_clusters, kmeans, label_clusters, load_clusters
 from .core import MarsclrError, command, whole
-from .datasets import hirise, is_copy, msl, rovers
+from .datasets import hirise, imagenet, is_copy, msl, rovers
 from .encoders import create_encoder, encode, load_encoder
+from .diagnosis import judge, references
+from .homogeneity import curve, curve_figure, gains, yard_pack
 from .linear_evaluation import probe
 from .marsyard import write_marsyard
 from .packing import Pack, load_pack, pack_archive
@@ -25,7 +27,7 @@ from .runs import open_run
 from .texture import texture_clusters
 from .training import pretrain
 
-# %% ../nbs/08_reproduction.ipynb #8f457a1b
+# %% ../nbs/08_reproduction.ipynb #7002c009
 laptop = dict(backbone='resnet18', image_size=64, epochs=8, batch_size=64, temperature=.2, lr=1e-3, optimizer='adamw', schedule='cosine', warmup=100,
               crop_min=.05, crop_max=.5, colour_strength=.5)
 
@@ -37,9 +39,12 @@ presets = dict(
         marsyard=dict(size=96, pretrain=yard, texture=dict(k=20, epochs=6, image_size=48), ks=[3, 5, 8, 14, 19, 30, 50, 100], seeds=[42, 43, 44],
                       sources=['pixels + capture', 'eq. 1 features'], train_seeds=[42, 43, 44]),
         msl=dict(size=192, pretrain=laptop, texture=dict(k=150, epochs=12, embed_size=128), ks=[3, 5, 8, 14, 19, 50, 100, 150, 300], seeds=[42, 43, 44],
-                 sources=['pixels + capture', 'eq. 1 features'], train_seeds=[42, 43, 44])))
+                 sources=['pixels + capture', 'eq. 1 features'], train_seeds=[42, 43, 44])),
+    homogeneity=dict(marsyard=dict(images=1500, labeled=3000, yard=dict(size=64, homogeneity=.3), points=[[2, 1], [5, 1], [10, 1], [30, 1], [100, 1], [10, 3], [10, 10]],
+                                   pretrain=dict(yard, backbone='resnet10t', image_size=32, epochs=10, crop_min=.08, crop_max=.6), train_seeds=[42, 43, 44])),
+    references=dict(msl=dict(size=128)))
 
-# %% ../nbs/08_reproduction.ipynb #2baa51ef
+# %% ../nbs/08_reproduction.ipynb #72bae25d
 def open_folder(
     to:Path,       # folder for everything that is made
     data:str,      # marsyard or msl
@@ -49,7 +54,7 @@ def open_folder(
     "Make a folder for the data and settings, or check that the one there is of the same"
     if data == 'msl' and not to.exists():
         for archive in (rovers, msl, hirise): archive()
-    settings = {k: v for k,v in settings.items() if k not in ('sources', 'train_seeds')}
+    settings = {k: v for k,v in settings.items() if k not in ('sources', 'points', 'train_seeds')}
     flat = {f'{k} {o}': v for k,part in settings.items() if isinstance(part, dict) for o,v in part.items()}
     open_run(to, dict(data=data, **{k: v for k,v in settings.items() if not isinstance(v, dict)}, **flat, **kwargs))
 
@@ -213,10 +218,60 @@ def train_with(
         probes = probe_all(methods, packs, to/'trained.csv', seed)
     return probes
 
-# %% ../nbs/08_reproduction.ipynb #aa327f3c
+# %% ../nbs/08_reproduction.ipynb #be4ccae5
+def reference_archives(
+    to:Path,  # where the packs are to lie
+    size:int, # of the packed images
+) -> tuple: # labeled packs by family to learn the line from; and to test it
+    "Archives whose classes are known"
+    packs,rng = make_packs('msl', to, size),np.random.default_rng(42)
+    natural,originals = _pack(imagenet, to/'natural.pack', size),packs['MSL v2.1'].where(~is_copy(packs['MSL v2.1'].table))
+    def setting(i): return dict(n=1200, n_classes=int(np.exp(rng.uniform(np.log(2), np.log(120)))), burst=float(rng.choice([1, 1, 3, 8])),
+                                imbalance=float(rng.choice([0, 0, .7, 1.5])), homogeneity=float(rng.choice([0, .2, .4, .6])), seed=100+i)
+    tests = dict(n=2500, seed=3),dict(n=2000, n_classes=3, burst=1, imbalance=1, homogeneity=.5, seed=4),dict(n=3000, n_classes=100, burst=2, seed=5)
+    yards = [yard_pack(to/f'yard{i}.pack', 96, **kw) for i,kw in enumerate([*map(setting, range(24)), *tests])]
+    for i,o in enumerate(yards): o.name = f'yard {i}'
+    real = {'Curiosity': [originals, packs['pool']], 'HiRISE': [packs['HiRISE v3.2 subset']], 'natural': [natural]}
+    return {**real, 'MarsYard': yards[:24]}, {**real, 'MarsYard': yards[24:]}
+
+def _references(data, to, settings, seed):
+    open_folder(to, data, settings)
+    archives,tests = reference_archives(to, settings['size'])
+    if not (to/'references.csv').exists():
+        with whole(to/'references.csv') as p: references(archives).to_csv(p, index=False, float_format='%.5f')
+    judged = judge(pd.read_csv(to/'references.csv'), tests)
+    with whole(to/'diagnosis.csv') as p: judged.to_csv(p, index=False, float_format='%.5f')
+    print(judged.round(4).to_string(index=False))
+    return f'{to}/references.csv {to}/diagnosis.csv'
+
+# %% ../nbs/08_reproduction.ipynb #e3158aef
+def _print_probes(table):
+    shown = table.assign(interval=[f'{a*100:.1f} - {b*100:.1f}' for a,b in zip(table.low, table.high)])
+    for c in ('accuracy', 'balanced_accuracy', 'macro_f1', 'val_accuracy'): shown[c] = (shown[c]*100).round(1)
+    print(shown[['pack', 'method', 'seed', 'accuracy', 'interval', 'balanced_accuracy', 'macro_f1', 'val_accuracy']].to_string(index=False))
+    print('differences within the intervals say nothing')
+
+def _smoke(data, to, settings, seed):
+    _print_probes(reproduce(data, to, settings, seed))
+    return f'{to}/table.csv {to}/figure.png {to}/clusters-seed{seed}.csv'
+
+def _clusters(data, to, settings, seed):
+    clusterings,table = study(data, to, settings)
+    print(k_rule(clusterings).round(3).to_string())
+    _print_probes(table)
+    return f'{to}/clusters.csv {to}/clusters.png {to}/trained.csv'
+
+def _homogeneity(data, to, settings, seed):
+    open_folder(to, data, settings)
+    table = curve(to, settings['points'], settings['train_seeds'], settings)
+    with whole(to/'curve.png') as p: curve_figure(table).savefig(p, format='png')
+    print(gains(table).round(2).to_string(index=False))
+    return f'{to}/curve.csv {to}/curve.png'
+
+# %% ../nbs/08_reproduction.ipynb #50171607
 @command
 def marsclr_reproduce(
-    preset:str='smoke',  # smoke: the chain, one seed; clusters: all sources of clusters, and training with the best (hours)
+    preset:str='smoke',  # smoke: the chain, one seed; clusters: all sources of clusters, and training with the best (hours); homogeneity: what false negatives cost (hours); references: what the diagnosis of an archive rests on
     data:str='marsyard', # marsyard: no data needed; msl: the archives under $MARSCLR_DATA
     to:str='',           # folder for everything that is made; runs/PRESET-DATA by default
     seed:int=42,         # for smoke; the other presets have their own
@@ -225,13 +280,5 @@ def marsclr_reproduce(
     if preset not in presets: raise MarsclrError(f'preset {preset!r} is not known: choose from {" ".join(presets)}')
     if data not in presets[preset]: raise MarsclrError(f'data {data!r} is not known: choose from {" ".join(presets[preset])}')
     to,began = Path(to or f'runs/{preset}-{data}'),time.perf_counter()
-    if preset == 'smoke':
-        table,made = reproduce(data, to, presets[preset][data], seed),f'{to}/table.csv {to}/figure.png {to}/clusters-seed{seed}.csv'
-    else:
-        clusterings,table = study(data, to, presets[preset][data])
-        made = f'{to}/clusters.csv {to}/clusters.png {to}/trained.csv'
-        print(k_rule(clusterings).round(3).to_string())
-    shown = table.assign(interval=[f'{a*100:.1f} - {b*100:.1f}' for a,b in zip(table.low, table.high)])
-    for c in ('accuracy', 'balanced_accuracy', 'macro_f1', 'val_accuracy'): shown[c] = (shown[c]*100).round(1)
-    print(shown[['pack', 'method', 'seed', 'accuracy', 'interval', 'balanced_accuracy', 'macro_f1', 'val_accuracy']].to_string(index=False))
-    print(f'differences within the intervals say nothing\n{made}, {(time.perf_counter()-began)/60:.1f} minutes')
+    made = dict(smoke=_smoke, clusters=_clusters, homogeneity=_homogeneity, references=_references)[preset](data, to, presets[preset][data], seed)
+    print(f'{made}, {(time.perf_counter()-began)/60:.1f} minutes')

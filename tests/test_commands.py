@@ -87,7 +87,8 @@ GOOD = ['marsclr_pack msl yard.pack --root yard --size 32', 'marsclr_pack msl ot
         'marsclr_pack folder plain.pack --root yard --size 32', 'marsclr_cluster other.pack --to other.npz --backbone resnet10t --clusters 5',
         'marsclr_pretrain yard.pack run SMALL', 'marsclr_cluster yard.pack --to found.npz --run run --clusters 5',
         'marsclr_cluster yard.pack --source texture --backbone resnet10t --epochs 1 --clusters 5 --device cpu',
-        'marsclr_pretrain yard.pack run2 SMALL --loss cluster_aware --clusters found.npz', 'marsclr_probe run2 yard.pack']
+        'marsclr_pretrain yard.pack run2 SMALL --loss cluster_aware --clusters found.npz', 'marsclr_probe run2 yard.pack',
+        'marsclr_falseneg rates yard.pack --batch 16 --clusters found.npz', 'marsclr_falseneg diagnose yard.pack --batch 16 --alike 5']
 
 
 @pytest.fixture(scope='module')
