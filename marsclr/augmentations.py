@@ -4,14 +4,13 @@
 
 # %% auto #0
 __all__ = ['grey_weights', 'draw_crops', 'triangle_weights', 'resample_by_matrix', 'resample_by_kernel', 'resample',
-           'hue_rotation', 'jitter_matrices', 'Views', 'normalise', 'denormalise', 'whole_views']
+           'hue_rotation', 'jitter_matrices', 'Views', 'few', 'mean_colour', 'normalise', 'denormalise', 'whole_views']
 
-# %% ../nbs/01_augmentations.ipynb #5ac2b7b3
+# %% ../nbs/01_augmentations.ipynb #352a9893
 import math
 from dataclasses import dataclass
 
-import torch
-import torchvision.transforms.v2.functional as TF
+import torch, torch.nn.functional as F
 from fastai.vision.core import imagenet_stats
 from .core import MarsclrError, addressed_uniform
 
@@ -62,19 +61,19 @@ def resample_by_matrix(
     x = x.view(B, size, S, 3).permute(0, 3, 1, 2).reshape(B, 3*size, S)
     return torch.bmm(x, cols.transpose(1, 2)).view(B, 3, size, size)
 
-# %% ../nbs/01_augmentations.ipynb #4e268823
+# %% ../nbs/01_augmentations.ipynb #17f8df64
 def resample_by_kernel(
     images:torch.Tensor, # (B, S, S, 3) uint8, on the CPU
     boxes:torch.Tensor,  # (B, 4) top, left, height, width
     flip:torch.Tensor,   # (B,) bool
     size:int,            # side of the views
 ) -> torch.Tensor: # (B, 3, size, size) uint8
-    "Crop, resize and flip, image by image, in torchvision's uint8 kernel"
-    out = torch.empty(len(images), size, size, 3, dtype=torch.uint8)
-    for o,im,(top,left,h,w),f in zip(out, images, boxes.tolist(), flip.tolist()):
-        v = TF.resized_crop(im.permute(2, 0, 1), top, left, h, w, [size, size], antialias=True)
-        o.copy_((v.flip(2) if f else v).permute(1, 2, 0))
-    return out.permute(0, 3, 1, 2)
+    "Crop, resize and flip, image by image, in the uint8 kernel that torchvision uses"
+    out = torch.empty(len(images), 3, size, size, dtype=torch.uint8, memory_format=torch.channels_last)
+    for o,im,(top,left,h,w) in zip(out.split(1), images.permute(0, 3, 1, 2).split(1), boxes.tolist()):
+        o.copy_(F.interpolate(im[:,:,top:top+h,left:left+w], (size, size), mode='bilinear', antialias=True))
+    out[flip] = out[flip].flip(3)
+    return out
 
 def resample(
     images:torch.Tensor, # (B, S, S, 3) uint8
@@ -114,7 +113,7 @@ def jitter_matrices(
         A,t = step @ A, step @ t + pulled
     return torch.cat([A, t], 2)
 
-# %% ../nbs/01_augmentations.ipynb #08651d7a
+# %% ../nbs/01_augmentations.ipynb #c19ab164
 @dataclass
 class Views:
     "Random views of a batch of images: crop, resize, flip, colour jitter, grey, normalise"
@@ -139,8 +138,8 @@ class Views:
         "One view of each image"
         u = addressed_uniform(ids, 33, *address)
         boxes = draw_crops(u, images.shape[1], self.scale)
-        x = resample(images, boxes, u[:,22] < self.flip, self.size).float()
-        return normalise(x, self.colour(x.mean((2, 3))/255, u[:,23:]))
+        x = resample(images, boxes, u[:,22] < self.flip, self.size)
+        return normalise(x, self.colour(mean_colour(x), u[:,23:]))
 
     def colour(self,
         mean:torch.Tensor, # (B, 3) mean colour in [0, 1]
@@ -153,17 +152,33 @@ class Views:
         M = torch.where((u[:,8] < self.jitter)[:,None,None], M, torch.eye(3, 4, device=u.device))
         return torch.where((u[:,9] < self.grey)[:,None,None], (grey_weights.to(u.device) @ M)[:,None].expand_as(M), M)
 
-# %% ../nbs/01_augmentations.ipynb #28ac9111
+# %% ../nbs/01_augmentations.ipynb #91dc6c4c
+def few(
+    x:torch.Tensor, # (B, ...)
+): # slices of the batch: sixteen at a time on a CPU, all at once elsewhere
+    "So many images as stay in a cache"
+    step = 16 if x.device.type == 'cpu' else max(len(x), 1)
+    return [slice(i, i+step) for i in range(0, len(x), step)]
+
+def mean_colour(
+    x:torch.Tensor, # (B, 3, h, w) in [0, 255]
+) -> torch.Tensor: # (B, 3) float32 in [0, 1]
+    "What contrast is measured from"
+    return torch.cat([x[o].flatten(2).float().mean(2) for o in few(x)])/255
+
 def normalise(
-    x:torch.Tensor,         # (B, 3, h, w) float32 in [0, 255]
+    x:torch.Tensor,         # (B, 3, h, w) uint8 or float32 in [0, 255]
     M:torch.Tensor=None,    # (B, 3, 4) map of colours in [0, 1]; none by default
 ) -> torch.Tensor: # (B, 3, h, w) float32
     "Map colours, clip, and normalise with ImageNet's mean and standard deviation, in one pass"
     if M is None: M = torch.eye(3, 4, device=x.device).expand(len(x), 3, 4)
     mean,std = (torch.tensor(o, device=x.device)[:,None] for o in imagenet_stats)
-    offset = (M[:,:,3:] - mean)/std
-    y = torch.baddbmm(offset, M[:,:,:3]/(255*std), x.flatten(2))
-    return torch.clamp(y, -mean/std, (1-mean)/std).view_as(x)
+    offset,colours,(low,high) = (M[:,:,3:] - mean)/std, M[:,:,:3]/(255*std), (-mean/std, (1-mean)/std)
+    y = torch.empty(x.shape, device=x.device)
+    for o in few(x):
+        planes = torch.baddbmm(offset[o], colours[o], x[o].flatten(2).float(), out=y[o].flatten(2))
+        torch.clamp(planes, low, high, out=planes)
+    return y
 
 def denormalise(
     x:torch.Tensor, # (B, 3, h, w) normalised

@@ -14,7 +14,7 @@ from torch import nn
 from .core import MarsclrError
 from .processes import gather, mean_of_all, rank
 
-# %% ../nbs/03_losses.ipynb #805e7907
+# %% ../nbs/03_losses.ipynb #3174c9ab
 def anchor_losses(
     a:torch.Tensor,  # (A, D) the anchors, of length one, over the temperature
     z:torch.Tensor,  # (M, D) all views, of length one
@@ -26,22 +26,21 @@ def anchor_losses(
     positive_below:bool,
 ) -> tuple: # the sum of the anchors' losses, and the number of anchors without a negative
     "A contrastive loss, mean over each anchor's positives, summed over anchors"
-    s = a @ z.T
-    positive,other = _masks(ids, clusters, positives, negatives, anchors)
-    if not positive_below or negatives == 'cluster': other = other & ~positive
-    lonely = ~(other & ~positive).any(1)
-    below = torch.where(other | lonely[:,None], s, -torch.inf).logsumexp(1)[:,None]
-    if positive_below and negatives == 'cluster': below = torch.logaddexp(below, s)
-    pairs = torch.where(positive & ~lonely[:,None], below - s, 0)
-    return (pairs.sum(1)/positive.sum(1).clamp(min=1)).sum(), lonely.sum()
-
-def _masks(ids, clusters, positives, negatives, anchors):
-    "Which views are an anchor's positives, and which may stand in its denominator"
     def same(o): return o[anchors][:,None] == o
-    itself = same(torch.arange(len(ids), device=ids.device))
-    positive = (same(ids) if positives == 'view' else same(clusters)) & ~itself
-    other = ~itself if negatives == 'view' else ~same(clusters)
-    return positive, other
+    itself = torch.arange(len(a), device=z.device),torch.arange(len(z), device=z.device)[anchors]
+    positive = same(ids if positives == 'view' else clusters)
+    positive[itself] = False
+    left_out = same(clusters) if negatives == 'cluster' else torch.zeros_like(positive)
+    left_out[itself] = True
+    if not positive_below or negatives == 'cluster': left_out |= positive
+    lonely = (left_out | positive).all(1)
+    s = a @ z.T
+    below = s.masked_fill(left_out & ~lonely[:,None], -torch.inf).logsumexp(1)
+    i,j = positive.nonzero(as_tuple=True)
+    above,below = s[i,j],below[i]
+    if positive_below and negatives == 'cluster': below = torch.logaddexp(below, above)
+    pairs = torch.where(lonely[i], 0, below - above)
+    return (pairs/i.bincount(minlength=len(a))[i]).sum(), lonely.sum()
 
 # %% ../nbs/03_losses.ipynb #a86a8fe8
 class Tiled(torch.autograd.Function):

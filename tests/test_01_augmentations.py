@@ -2,12 +2,12 @@
 # A function is a section of the notebook. They run in order: a name that another section uses too is global.
 import math
 from dataclasses import dataclass
-import torch
-import torchvision.transforms.v2.functional as TF
+import torch, torch.nn.functional as F
 from fastai.vision.core import imagenet_stats
 from marsclr.core import MarsclrError, addressed_uniform
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, time
 import torchvision.transforms as T
+import torchvision.transforms.v2.functional as TF
 from fastcore.test import *
 from marsclr.marsyard import marsyard
 from marsclr.augmentations import *

@@ -13,7 +13,7 @@ from marsclr.losses import *
 
 
 def test_the_same_as_a_matrix():
-    global clusters, ids, z
+    global clusters, eq1, eq2, ids, z
     ids = torch.tensor([0, 1, 2, 0, 1, 2])
     clusters = torch.tensor([0, 1, 0, 0, 1, 0])
     same_image = ids[:,None] == ids
@@ -44,8 +44,22 @@ def test_the_same_as_a_matrix():
     eq2 = by_hand(z, same_image & ~itself, lambda i,j: ~same_cluster[i], .5)
     eq1, eq2
 
+    unit = torch.nn.functional.normalize(z, dim=1)
+    test_close(anchor_losses(unit/.5, unit, slice(None), ids, None, 'view', 'view', True)[0]/6, eq1)
+    test_close(anchor_losses(unit/.5, unit, slice(None), ids, clusters, 'view', 'cluster', False)[0]/6, eq2)
+
+
+def test_in_tiles():
     test_close(contrastive_loss(z, ids)[0], eq1)
     test_close(contrastive_loss(z, ids, clusters, negatives='cluster', positive_below=False)[0], eq2)
+
+    def value_and_gradient(tile):
+        zs = torch.randn(40, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        value,_ = contrastive_loss(zs, torch.arange(20).repeat(2), tile=tile)
+        value.backward()
+        return torch.cat([value.detach()[None], zs.grad.flatten()])
+
+    for tile in (1, 7, 39): torch.testing.assert_close(value_and_gradient(tile), value_and_gradient(40), rtol=0, atol=1e-15)
 
     halves = [contrastive_loss(z, ids, anchors=slice(i, i+3))[0] for i in (0, 3)]
     test_close(sum(halves)/2, eq1)

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 from sklearn.metrics.cluster import contingency_matrix
 from marsclr.clustering import load_clusters
-from marsclr.core import MarsclrError, command
+from marsclr.core import MarsclrError
 from marsclr.packing import load_pack
 import tempfile, time
 import matplotlib.pyplot as plt, pandas as pd
@@ -127,15 +127,15 @@ def test_table_2_on_real_images():
     test_eq(np.bincount(t.label[~is_copy(t)]).tolist(), originals)
 
 
-def test_rates_from_the_command_line():
-    marsclr_falseneg(['rates', ','.join(map(str, files))])
+def test_rates_of_an_archive():
+    print_rates(','.join(map(str, files)))
     found = feature_clusters(pixel_features(pack), pack, 10)
     found.save(tmp/'found.npz')
-    marsclr_falseneg(['rates', f'{tmp}/pack', '--clusters', f'{tmp}/found.npz', '--batch', '64'])
+    print_rates(f'{tmp}/pack', 64, f'{tmp}/found.npz')
 
-    for line,message in (('5,-1', 'holds -1'), ('1', '1 images make no pair'), ('0,0', '0 images make no pair'), ('20,30 --batch 100', 'larger than the data set (50 images)'),
-                         ('20,30 --batch 1', 'makes no pair'), ('rock', "'rock' is neither a pack"), ('20,30 --batches 0', '--batches 0')):
-        with expect_fail(SystemExit, message): marsclr_falseneg(['rates', *line.split()])
+    for args,message in ((('5,-1',), 'holds -1'), (('1',), '1 images make no pair'), (('0,0',), '0 images make no pair'), (('20,30', 100), 'larger than the data set (50 images)'),
+                         (('20,30', 1), 'makes no pair'), (('rock',), "'rock' is neither a pack"), (('20,30', 16, '', False, 0), '--batches 0')):
+        with expect_fail(MarsclrError, message): print_rates(*args)
     test_eq(read_counts('5,0,3').tolist(), [5, 0, 3])
 
     test_eq(false_negative_rate([5, 0, 3], 4), false_negative_rate([5, 3], 4))

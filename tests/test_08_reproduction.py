@@ -8,8 +8,10 @@ from marsclr.cluster_quality import pair_quality, show_clusters
 from marsclr.cluster_study import cluster_table, k_rule, source_features, trade_figure, with_spread
 from marsclr.clustering import Clusters, feature_clusters, kmeans, label_clusters, load_clusters
 from marsclr.core import MarsclrError, command, whole
-from marsclr.datasets import hirise, is_copy, msl, rovers
+from marsclr.datasets import hirise, imagenet, is_copy, msl, rovers
 from marsclr.encoders import create_encoder, encode, load_encoder
+from marsclr.diagnosis import judge, references
+from marsclr.homogeneity import curve, curve_figure, gains, yard_pack
 from marsclr.linear_evaluation import probe
 from marsclr.marsyard import write_marsyard
 from marsclr.packing import Pack, load_pack, pack_archive
@@ -17,6 +19,8 @@ from marsclr.runs import open_run
 from marsclr.texture import texture_clusters
 from marsclr.training import pretrain
 import os, shutil, tempfile
+from marsclr.diagnosis import fit_line, left_out
+from scipy.stats import t as student
 from fastcore.test import *
 from marsclr.reproduction import *
 
