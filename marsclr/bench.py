@@ -22,7 +22,7 @@ from .core import MarsclrError, command, whole
 from .losses import NTXentLoss
 from .marsyard import marsyard
 
-# %% ../nbs/09_speed.ipynb #6c91564f
+# %% ../nbs/09_speed.ipynb #b11874f4
 peers = ('lightly', 'pytorch-metric-learning', 'torchvision')
 
 def machine() -> dict:
@@ -40,12 +40,14 @@ def take_turns(
     rounds:int=7,
     warmup:int=1, # rounds that do not count
 ) -> pd.DataFrame: # (rounds, cases) seconds
-    "Call each case once a round"
+    "Call each case once a round; the rounds begin with different ones"
     def seconds(f):
         began = time.perf_counter()
         f()
         return time.perf_counter()-began
-    return pd.DataFrame([{name: seconds(f) for name,f in cases.items()} for _ in range(warmup+rounds)][warmup:])
+    names = list(cases)
+    def turn(r): return {name: seconds(cases[name]) for name in names[r % len(names):] + names[:r % len(names)]}
+    return pd.DataFrame([turn(r) for r in range(warmup+rounds)][warmup:])[names]
 
 def summary(
     seconds:pd.DataFrame, # what `take_turns` gave; the first case is ours

@@ -159,13 +159,13 @@ def estimate_rate(
     below = np.exp(log_p - log_p.max()).cumsum()
     return 1/(1+np.exp(-np.interp(quantiles, below/below[-1], logit)))
 
-# %% ../nbs/05a_diagnosis.ipynb #0a87b12d
+# %% ../nbs/05a_diagnosis.ipynb #542619be
 def judge(
     table:pd.DataFrame, # what `references` made
     tests:dict,         # labeled packs by family
-    looks:int=200,      # how many look at 48 pairs
+    looks:int=200,      # at 48 pairs each
     **kwargs            # passed on to `homogeneity`
-) -> pd.DataFrame: # a row a pack: its rate, quantiles said blind, mean quantiles of those who look, and how many of their intervals hold the rate
+) -> pd.DataFrame: # a row a pack: its rate, quantiles said blind, mean quantiles after simulated looks, and how many of their intervals hold the rate
     "Estimates of the rate against the rate"
     rows = []
     for family,pack in ((f, o) for f,packs in tests.items() for o in packs):
