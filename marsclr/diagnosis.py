@@ -7,7 +7,7 @@ __all__ = ['line', 'spread', 'freedom', 'random_pairs', 'pairs_figure', 'spread_
            'rate_of', 'references', 'fit_line', 'left_out', 'estimate_rate', 'judge', 'nearest_other',
            'near_duplicates', 'recommend', 'print_bursts', 'diagnose', 'marsclr_falseneg']
 
-# %% ../nbs/05a_diagnosis.ipynb #fccb460a
+# %% ../nbs/05a_diagnosis.ipynb #b4f3becb
 from pathlib import Path
 
 import numpy as np, pandas as pd, torch, torch.nn.functional as F
@@ -15,7 +15,7 @@ from matplotlib import pyplot as plt
 from .clustering import capture_clusters, kmeans, pixel_features
 from .core import MarsclrError, command, whole
 from .encoders import create_encoder, encode
-from .false_negatives import print_rates
+from .false_negatives import false_negative_rate, print_rates
 from .packing import Pack, concat_packs, load_pack
 
 # %% ../nbs/05a_diagnosis.ipynb #059e91c9
@@ -47,7 +47,7 @@ def pairs_figure(
     fig.suptitle(title, fontsize=9)
     return fig
 
-# %% ../nbs/05a_diagnosis.ipynb #98871060
+# %% ../nbs/05a_diagnosis.ipynb #efabc6a1
 def spread_sample(
     groups:np.ndarray, # (N,) ids of bursts, as of `capture_clusters`
     n:int,             # images to draw
@@ -66,11 +66,9 @@ def centred(
 
 def yardstick():
     "The encoder that `homogeneity` looks with: random weights, always the same"
-    state = torch.random.get_rng_state()
-    torch.manual_seed(42)
-    encoder = create_encoder('resnet18')
-    torch.random.set_rng_state(state)
-    return encoder
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(42)
+        return create_encoder('resnet18')
 
 def homogeneity(
     pack:Pack,
@@ -80,19 +78,18 @@ def homogeneity(
 ) -> float: # -1 to 1, mean over draws
     "Median cosine similarity of an image to its nearest neighbour in a sample"
     if len(pack) < 2: raise MarsclrError(f'{pack.name} has {len(pack)} images: there is no pair to compare')
-    groups,values = capture_clusters(pack).ids,[]
+    encoder,groups,values = yardstick(),capture_clusters(pack).ids,[]
     for seed in range(draws):
-        z = centred(encode(yardstick(), pack.where(np.sort(spread_sample(groups, images, seed))), 96, device=device))
+        z = centred(encode(encoder, pack.where(np.sort(spread_sample(groups, images, seed))), 96, device=device))
         values.append((z @ z.T).fill_diagonal_(-1).max(1).values.median().item())
     return float(np.mean(values))
 
-# %% ../nbs/05a_diagnosis.ipynb #eafa016b
+# %% ../nbs/05a_diagnosis.ipynb #5b8f9d11
 def rate_of(
     pack:Pack, # with labels
 ) -> float: # in [0, 1]
     "The true false-negative rate of the assumed negatives"
-    n = np.bincount(pack.table.label[pack.table.label >= 0]).astype(float)
-    return float((n*(n-1)).sum()/(n.sum()*(n.sum()-1)))
+    return false_negative_rate(np.bincount(pack.table.label[pack.table.label >= 0]), 2, 'negatives')[0]
 
 def references(
     archives:dict,  # labeled packs of one size by family; the family `natural` is mixed into the others
@@ -178,7 +175,7 @@ def judge(
                          seen_low=seen[:,0].mean(), seen_middle=seen[:,2].mean(), seen_high=seen[:,4].mean(), hold=((seen[:,0] <= rate) & (rate <= seen[:,4])).mean()))
     return pd.DataFrame(rows)
 
-# %% ../nbs/05a_diagnosis.ipynb #a16fe95f
+# %% ../nbs/05a_diagnosis.ipynb #024849b8
 def nearest_other(
     z:torch.Tensor,  # (N, D), of length one
     rows:np.ndarray, # (n,) which to ask
@@ -193,15 +190,15 @@ def nearest_other(
 
 def near_duplicates(
     pack:Pack,
-    n:int=600,   # images to ask
+    x:torch.Tensor, # its thumbnails, what `pixel_features` gave
+    n:int=600,      # images to ask
     seed:int=42,
 ) -> pd.DataFrame: # a row an image asked: row, nearest, similarity, twin (near-duplicate), one_burst
     "The nearest neighbours of some images among all, and whether they are as near as the image itself, cropped"
     rows,cut = np.sort(np.random.default_rng(seed).permutation(len(pack))[:n]),max(pack.size//20, 1)
     cropped = Pack([pack[rows][:,cut:-cut,cut:-cut].numpy()], pack.table.iloc[rows].reset_index(drop=True))
-    x,again = pixel_features(pack),pixel_features(cropped)
     z = centred(x)
-    itself = (F.normalize(again - x.mean(0), dim=1)*z[rows]).sum(1).numpy()
+    itself = (F.normalize(pixel_features(cropped) - x.mean(0), dim=1)*z[rows]).sum(1).numpy()
     similarity,nearest = nearest_other(z, rows)
     groups = capture_clusters(pack).ids
     return pd.DataFrame(dict(row=rows, nearest=nearest, similarity=similarity, twin=similarity >= itself, one_burst=groups[rows] == groups[nearest]))
@@ -224,7 +221,7 @@ def recommend(
     if s > .05: why.append(f'another domain as {1-np.sqrt(.05/s):.0%} of the images (marsclr_pretrain THIS,OTHER RUN) would bring the rate to 5 %, since a pair is false only if both are of this one')
     return '\n- '.join([f'recommendation: {what}', *why])
 
-# %% ../nbs/05a_diagnosis.ipynb #da553bb8
+# %% ../nbs/05a_diagnosis.ipynb #db09db19
 def print_bursts(
     pack:Pack,
     near:pd.DataFrame, # what `near_duplicates` made
@@ -236,6 +233,7 @@ def print_bursts(
     twins = near[near.twin]
     print(f'near-duplicates: {len(twins)/len(near):.1%} of {len(near)} images have one' + (f', {twins.one_burst.mean():.1%} of these in the same burst' if len(twins) else ''))
 
+# %% ../nbs/05a_diagnosis.ipynb #ff2e5f53
 def diagnose(
     source:str,   # pack folder
     alike:int=-1, # of the numbered pairs in the picture: how many show the same thing to you; -1: not looked yet
@@ -250,10 +248,10 @@ def diagnose(
     if not 2 <= batch <= len(pack): raise MarsclrError(f'--batch {batch}: give a number between 2 and {len(pack)}, the images of {source}')
     if not -1 <= alike <= len(pairs): raise MarsclrError(f'--alike {alike}: give how many of the {len(pairs)} pairs show the same thing, or -1')
     rate = estimate_rate(homogeneity(pack, device=device), None if alike < 0 else alike, len(pairs))
-    near = near_duplicates(pack)
+    x = pixel_features(pack)
+    near = near_duplicates(pack, x)
     print(pack)
     print_bursts(pack, near)
-    x = pixel_features(pack)
     shares = {k: (np.bincount(kmeans(x, k, seed)[0])/len(pack)) for k in (5, 10, 20, 50) if k < len(pack)}
     print('sorted by thumbnails into so many clusters, pairs that share one: ' + ', '.join(f'{k}: {(o**2).sum():.1%}' for k,o in shares.items()))
     likely = near[~near.one_burst].nlargest(8, 'similarity')

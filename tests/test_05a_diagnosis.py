@@ -6,7 +6,7 @@ from matplotlib import pyplot as plt
 from marsclr.clustering import capture_clusters, kmeans, pixel_features
 from marsclr.core import MarsclrError, command, whole
 from marsclr.encoders import create_encoder, encode
-from marsclr.false_negatives import print_rates
+from marsclr.false_negatives import false_negative_rate, print_rates
 from marsclr.packing import Pack, concat_packs, load_pack
 import shutil, tempfile
 from fastcore.test import *
@@ -74,7 +74,7 @@ def test_an_estimate_with_its_interval():
 
 
 def test_bursts_and_near_duplicates():
-    near = near_duplicates(ten, 200)
+    near = near_duplicates(ten, pixel_features(ten), 200)
     twins = near[near.twin]
     bursts = ten.table.sequence.to_numpy()
     test_eq(twins.one_burst.to_numpy(), bursts[twins.row] == bursts[twins.nearest])
