@@ -6,7 +6,7 @@
 __all__ = ['TwoViews', 'lr_at', 'Schedule', 'adam', 'contrastive_learner', 'knn_accuracy', 'OnlineKnn', 'pretrain', 'make_config',
            'learner_from']
 
-# %% ../nbs/04_training.ipynb #7d83e6b0
+# %% ../nbs/04_training.ipynb #fa2b6d97
 import math
 from functools import partial
 from pathlib import Path
@@ -27,7 +27,7 @@ from .packing import Pack, concat_packs, load_pack
 from .processes import joined, rank
 from .runs import Autocast, PackLoader, RunFolder, RunLearner, bare, open_run, show_progress
 
-# %% ../nbs/04_training.ipynb #e7348dbb
+# %% ../nbs/04_training.ipynb #d31dbb7b
 class TwoViews(Callback):
     "Turn a batch of images into two views each, and tell the loss the image and cluster of each view"
     order = 5
@@ -35,15 +35,16 @@ class TwoViews(Callback):
         views:Views,   # how to augment
         seed:int=42,   # of the draws
         clusters=None, # (N,) int64 cluster of each image of the pack
-    ): self.views,self.seed,self.clusters = views,seed,clusters
+    ): self.views,self.seed,self.clusters,self.both = views,seed,clusters,None
 
     def before_fit(self):
         if self.clusters is not None: self.clusters = torch.as_tensor(self.clusters, device=self.dls.device)
     def before_batch(self):
         images,rows = *self.xb,*self.yb
-        views = torch.cat([self.views(images, rows, self.seed, self.epoch, v) for v in (0, 1)])
+        if self.both is None: self.both = torch.empty(2*len(images), 3, self.views.size, self.views.size, device=images.device)
+        for v,half in enumerate(self.both.split(len(images))): self.views(images, rows, self.seed, self.epoch, v, out=half)
         rows = rows.repeat(2)
-        self.learn.xb = (views.contiguous(memory_format=torch.channels_last),)
+        self.learn.xb = (self.both,)
         self.learn.yb = (rows,) if self.clusters is None else (rows, self.clusters[rows])
     def before_validate(self): raise CancelValidException()
 

@@ -2,6 +2,7 @@
 # A function is a section of the notebook. They run in order: a name that another section uses too is global.
 import math
 from dataclasses import dataclass
+from functools import cache
 import torch, torch.nn.functional as F
 from fastai.vision.core import imagenet_stats
 from marsclr.core import MarsclrError, addressed_uniform
@@ -82,15 +83,23 @@ def test_a_batch_of_views():
     test_close(whole_batch[5:6], alone, eps=1e-5)
     assert (views(images[5:6], ids[5:6], 42, 1, 0) - alone).abs().mean() > .1
 
+    old = torch.full((8, 3, 64, 64), torch.nan)
+    assert views(images[:8], ids[:8], 42, 0, 0, out=old) is old
+    test_eq(old, whole_batch)
+
+    shapes = [o.to('meta') for o in (images[:8], ids[:8])]
+    test_eq(views(*shapes, 42, 0, 0).shape, (8, 3, 64, 64))
+    with ExceptionExpected(RuntimeError): draw_crops(addressed_uniform(shapes[1], 22, 42), 96).tolist()
+
 
 def test_the_same_distribution_as_torchvision():
     global pils
     def measure(x):
-        grey = torch.einsum('bchw,c->bhw', x, grey_weights)
+        brightness = torch.einsum('bchw,c->bhw', x, torch.tensor(grey_weights))
         m = x.mean((2, 3))
         chroma = m.max(1)[0] - m.min(1)[0]
         hue = torch.atan2(math.sqrt(3)*(m[:,1]-m[:,2]), 2*m[:,0]-m[:,1]-m[:,2])[chroma > .02]/(2*math.pi)
-        return dict(brightness=grey.mean((1, 2)), contrast=grey.flatten(1).std(1), saturation=chroma/m.max(1)[0].clamp(min=.01), hue=hue)
+        return dict(brightness=brightness.mean((1, 2)), contrast=brightness.flatten(1).std(1), saturation=chroma/m.max(1)[0].clamp(min=.01), hue=hue)
 
     def mean_and_spread(what, x):
         if what != 'hue': return x.mean().item(), x.std().item()

@@ -48,6 +48,16 @@ def test_the_same_as_a_matrix():
     test_close(anchor_losses(unit/.5, unit, slice(None), ids, None, 'view', 'view', True)[0]/6, eq1)
     test_close(anchor_losses(unit/.5, unit, slice(None), ids, clusters, 'view', 'cluster', False)[0]/6, eq2)
 
+    rng = torch.Generator().manual_seed(0)
+    s,below = torch.randn(40, 60, generator=rng),torch.randn(40, generator=rng)
+    positive = torch.rand(40, 60, generator=rng) < .1
+    positive[7] = False
+    for pair in (lambda b,a: b-a, lambda b,a: torch.logaddexp(b, a)-a): test_close(listed(s, below, positive, pair), masked(s, below, positive, pair), eps=1e-4)
+
+    nowhere = [o.to('meta') for o in (unit, ids, clusters)]
+    for loss in (('view', 'view', True), ('view', 'cluster', False), ('view', 'cluster', True), ('cluster', 'view', True)):
+        test_eq(anchor_losses(nowhere[0], nowhere[0], slice(None), *nowhere[1:], *loss)[0].shape, ())
+
 
 def test_in_tiles():
     test_close(contrastive_loss(z, ids)[0], eq1)
