@@ -83,7 +83,7 @@ def pixel_features(
         return resample(images, box, torch.zeros(len(images), dtype=torch.bool), side).float().flatten(1)/255
     return torch.cat([thumbnails(pack[np.arange(i, min(i+bs, len(pack)))]) for i in range(0, len(pack), bs)])
 
-# %% ../nbs/02_clustering.ipynb #614eda11
+# %% ../nbs/02_clustering.ipynb #9d0d3b1c
 def kmeans(
     x,          # (N, D) float32, a row an image
     k:int,      # clusters
@@ -93,7 +93,7 @@ def kmeans(
     "k-means (faiss, 20 iterations over all points)"
     if not 1 <= k <= len(x): raise MarsclrError(f'{k} clusters of {len(x)} images: give a number between 1 and {len(x)}')
     x = np.ascontiguousarray(x, dtype=np.float32)
-    if not np.isfinite(x).all(): raise MarsclrError('features hold NaN or infinity: the encoder has diverged')
+    if not np.isfinite([x.min(), x.max()]).all(): raise MarsclrError('features hold NaN or infinity: the encoder has diverged')
     km = faiss.Kmeans(x.shape[1], k, niter=20, nredo=tries, seed=seed, min_points_per_centroid=1, max_points_per_centroid=len(x))
     km.train(x)
     squared,ids = km.index.search(x, 1)

@@ -65,5 +65,6 @@ def test_features_of_whole_images():
     test_eq(features.shape, (10, 512))
     test_close(encode(encoder, pack.where([7]), device='cpu')[0], features[7], eps=.05)
     test_eq(encode(encoder.train(), pack, bs=4, device='cpu'), features)
+    with tempfile.TemporaryDirectory() as folder: test_eq(encode_to(encoder, pack, f'{folder}/features.npy', bs=4, device='cpu'), features.numpy())
     assert encoder.training
     with expect_fail(MarsclrError, "device 'abacus' cannot be used here"): encode(encoder, pack, device='abacus')

@@ -10,7 +10,6 @@ from PIL import Image
 from torchvision import transforms
 from torchvision.transforms import v2
 from marsclr.augmentations import Views
-from marsclr.core import MarsclrError, command, whole
 from marsclr.losses import NTXentLoss
 from marsclr.marsyard import marsyard
 from fastcore.test import *
@@ -18,7 +17,6 @@ from marsclr.bench import *
 
 
 def test_how_to_measure():
-    global table
     turns = take_turns({'ours': lambda: time.sleep(.002), 'theirs': lambda: time.sleep(.006)}, 3)
     table = summary(turns, 2)
     assert 1 <= table.median_ms[0] < 3 <= table.median_ms[1]
@@ -35,7 +33,7 @@ def test_the_loss():
 
 
 def test_its_memory():
-    mib = {(case, m): peak_memory(case, m) for case,m in (('marsclr', 2048), ('marsclr', 8192), ('lightly', 8192))}
+    mib = {(case, m): loss_memory(case, m) for case,m in (('marsclr', 2048), ('marsclr', 8192), ('lightly', 8192))}
     assert not Path('/proc/self/status').exists() or mib['marsclr', 8192] < mib['lightly', 8192]/4
     {f'{case}, {m} views': round(v) for (case,m),v in mib.items()}
 
@@ -47,9 +45,3 @@ def test_augmentation():
     test_eq(few['torchvision, PIL']()[0].shape, (3, 64, 64))
     test_eq(len(few['lightly, no blur']())*2, 16)
     summary(take_turns(few, 3), len(images)).round(2)
-
-
-def test_from_the_command_line():
-    for line,message in (('gpu', "'gpu' is not known"), ('loss --rounds 0', '--rounds 0'), ('loss --to table.txt', 'ends in .csv')):
-        with expect_fail(SystemExit, message): marsclr_bench(line.split())
-    ratio_figure(table.assign(views=1, case=['ours', 'theirs']), 'views');
