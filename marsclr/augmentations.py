@@ -161,12 +161,12 @@ class Views:
         M = torch.where((u[:,8] < self.jitter)[:,None,None], M, torch.eye(3, 4, device=u.device))
         return torch.where((u[:,9] < self.grey)[:,None,None], (constant(grey_weights, u.device) @ M)[:,None].expand_as(M), M)
 
-# %% ../nbs/01_augmentations.ipynb #e8b56686
+# %% ../nbs/01_augmentations.ipynb #70a75892
 def few(
     x:torch.Tensor, # (B, ...)
-): # slices of the batch: about two megabytes in float32 each on a CPU, all at once elsewhere
+): # slices of the batch: about a megabyte in float32 each on a CPU, all at once elsewhere
     "So many images as stay in a cache"
-    step = max(2**19//max(x[0].numel(), 1) if x.device.type == 'cpu' and len(x) else len(x), 1)
+    step = max(2**18//max(x[0].numel(), 1) if x.device.type == 'cpu' and len(x) else len(x), 1)
     return [slice(i, i+step) for i in range(0, len(x), step)]
 
 def mean_colour(

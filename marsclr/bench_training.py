@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['settings', 'yard_images', 'model_of', 'step_of', 'train_cases', 'Pictures', 'lightly_loop', 'parts_of_a_step',
-           'verdict', 'train_memory', 'feature_cases', 'forward', 'blobs', 'kmeans_cases', 'bench_train',
-           'bench_features', 'bench_kmeans', 'explain_step', 'marsclr_bench']
+           'verdict', 'train_memory', 'feature_cases', 'forward', 'blobs', 'kmeans_cases', 'pack_cases', 'bench_train',
+           'bench_features', 'bench_kmeans', 'bench_pack', 'explain_step', 'marsclr_bench']
 
-# %% ../nbs/09a_training_speed.ipynb #b06b3da3
-import tempfile, time
+# %% ../nbs/09a_training_speed.ipynb #226b967b
+import shutil, tempfile
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -16,15 +17,16 @@ import numpy as np, pandas as pd, torch
 from fastcore.script import store_true
 from matplotlib import pyplot as plt
 from .augmentations import Views
-from .bench import bench_augment, bench_loss, compose, installed, machine, peak_memory, ratio_figure, summary, take_turns
+from .bench import bench_augment, bench_loss, compose, installed, machine, measure_alone, ratio_figure, summary, take_turns
 from .clustering import kmeans
-from .core import MarsclrError, command, whole
+from .core import MarsclrError, command, data_root, whole
+from .datasets import msl, rovers
 from .encoders import ContrastiveModel, create_encoder, encode, encode_to, projection_head
 from .losses import NTXentLoss
-from .marsyard import marsyard
-from .packing import Pack, load_pack
+from .marsyard import marsyard, write_marsyard
+from .packing import Pack, load_pack, pack_archive
 from .training import adam, contrastive_learner
-from PIL import Image
+from PIL import Image, ImageOps
 from torchvision import transforms
 
 # %% ../nbs/09a_training_speed.ipynb #c1aa0ced
@@ -130,7 +132,7 @@ def verdict(
     if ms['augmentation'] > ms['loop'] - ms['model'] - ms['augmentation']: return f'augmentation-bound: {1-share:.0%} of the time is not arithmetic, most of it augmentation. More threads (OMP_NUM_THREADS) or a smaller --image_size help, or a GPU, which augments for itself'
     return f'overhead-bound: {1-share:.0%} of the time is not arithmetic, most of it between the steps. A larger --batch_size has fewer of them'
 
-# %% ../nbs/09a_training_speed.ipynb #d4c2ccb1
+# %% ../nbs/09a_training_speed.ipynb #66cee2d1
 def train_memory(
     epochs:int,
     backbone='resnet18', size=64, bs=128, # as in `train_cases`
@@ -139,7 +141,7 @@ def train_memory(
     "Memory of training beyond that of the libraries"
     setup = f"""from marsclr import bench_training as b
 learn = b.contrastive_learner(b.yard_images({bs*batches}, {size*3//2}), b.model_of({backbone!r}), b.NTXentLoss(), b.Views({size}), bs={bs}, device='cpu')"""
-    return peak_memory(setup, f'with learn.no_bar(), learn.no_logging(): learn.fit({epochs})')
+    return measure_alone(setup, f'with learn.no_bar(), learn.no_logging(): learn.fit({epochs})')['peak_MiB']
 
 # %% ../nbs/09a_training_speed.ipynb #2276207f
 def feature_cases(
@@ -185,14 +187,34 @@ def kmeans_cases(
             'scikit-learn': lambda: KMeans(k, init='random', n_init=1, max_iter=20, tol=0, random_state=42).fit(x).inertia_,
             'scikit-learn, mini-batches': lambda: MiniBatchKMeans(k, init='random', n_init=1, max_iter=20, random_state=42).fit(x).inertia_}
 
-# %% ../nbs/09a_training_speed.ipynb #80711fb4
-settings = dict(train=((64, 96, 'resnet18', 128, 3), (224, 256, 'resnet50', 16, 2))) # views, images, backbone, batch, batches
+# %% ../nbs/09a_training_speed.ipynb #36e14277
+def pack_cases(
+    archive,  # an `Archive` of files
+    to:Path,  # folder for the packs
+    size:int, # of the packed images
+    workers:int,
+) -> dict: # functions by name
+    "Packing, and what of it is decoding"
+    def ours():
+        pack_archive(archive, to/'pack', size, workers)
+        shutil.rmtree(to/'pack')
+    def one(path):
+        im = Image.open(path)
+        im.draft('RGB', (size, size))
+        return np.asarray(ImageOps.fit(im.convert('RGB'), (size, size), Image.Resampling.BILINEAR))
+    def floor():
+        with ThreadPoolExecutor(workers) as pool:
+            for _ in pool.map(one, [archive.root/o for o in archive.table.path]): pass
+    return {'marsclr': ours, 'floor: decode and resize': floor}
+
+# %% ../nbs/09a_training_speed.ipynb #e4d487ff
+settings = dict(train=((64, 96, 'resnet18', 128, 3), (224, 256, 'resnet50', 16, 3))) # views, images, backbone, batch, batches
 
 def bench_train(rounds):
     tables = []
     for size,packed,backbone,bs,batches in settings['train']:
         pack = yard_images(bs*batches, packed)
-        t = summary(take_turns(train_cases(pack, backbone, size, bs, torch.get_num_threads()), rounds), len(pack), view=size, backbone=backbone, batch=bs)
+        t = summary(take_turns(train_cases(pack, backbone, size, bs, torch.get_num_threads()), rounds, 2), len(pack), view=size, backbone=backbone, batch=bs)
         tables.append(t.assign(images_per_s=1000/t.median_ms))
         print(tables[-1].round(2).to_string(index=False), flush=True)
     memory = [dict(case='marsclr', view=64, backbone='resnet18', batch=128, epochs=n, peak_MiB=train_memory(n)) for n in (2, 20)]
@@ -202,10 +224,10 @@ def bench_features(rounds, large=100_000):
     pack = yard_images(2048, 64)
     t = summary(take_turns(feature_cases(pack, 'resnet18'), rounds), len(pack), images=len(pack))
     setup = f"from marsclr import bench_training as b\nencoder,pack = b.create_encoder('resnet18'),b.yard_images({large}, 64)"
-    began = time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder: mib = peak_memory(setup, f"b.encode_to(encoder, pack, '{folder}/features.npy', device='cpu')")
-    row = dict(case='marsclr, to a file', images=large, median_ms=(time.perf_counter()-began)*1000/large, peak_MiB=mib)
-    return pd.concat([t.assign(images_per_s=1000/t.median_ms), pd.DataFrame([row])], ignore_index=True)
+    with tempfile.TemporaryDirectory() as folder: alone = measure_alone(setup, f"b.encode_to(encoder, pack, '{folder}/features.npy', device='cpu')")
+    row = dict(case='marsclr, to a file', images=large, median_ms=alone['seconds']*1000/large, peak_MiB=alone['peak_MiB'])
+    table = pd.concat([t, pd.DataFrame([row])], ignore_index=True)
+    return table.assign(images_per_s=1000/table.median_ms)
 
 def bench_kmeans(rounds, n=100_000, dim=512, k=150):
     x = blobs(n, dim)
@@ -213,9 +235,20 @@ def bench_kmeans(rounds, n=100_000, dim=512, k=150):
     def kept(name, f): quality[name] = f()
     t = summary(take_turns({name: partial(kept, name, f) for name,f in cases.items()}, rounds, 0), images=n, clusters=k)
     setup = f'from marsclr import bench_training as b\ncases = b.kmeans_cases(b.blobs({n}, {dim}), {k})'
-    return t.assign(squared_distances=[quality[o]/quality['marsclr (faiss)'] for o in t.case], peak_MiB=[peak_memory(setup, f'cases[{o!r}]()') for o in t.case])
+    return t.assign(squared_distances=[quality[o]/quality['marsclr (faiss)'] for o in t.case], peak_MiB=[measure_alone(setup, f'cases[{o!r}]()')['peak_MiB'] for o in t.case])
 
-# %% ../nbs/09a_training_speed.ipynb #e53a114e
+# %% ../nbs/09a_training_speed.ipynb #ad9ddf98
+def bench_pack(rounds):
+    with tempfile.TemporaryDirectory() as folder:
+        real = (data_root()/'curiosity').is_dir()
+        archive = rovers() if real else msl(write_marsyard(Path(folder)/'yard', n=2000, size=256))
+        t = summary(take_turns(pack_cases(archive, Path(folder), 192, torch.get_num_threads()), rounds), len(archive), images=len(archive), source='rovers' if real else 'MarsYard')
+        setup = f"from pathlib import Path\nfrom marsclr import bench_training as b\narchive = {'b.rovers()' if real else f'b.msl({str(archive.root)!r})'}"
+        alone = measure_alone(setup, f"b.pack_cases(archive, Path({folder!r}), 192, {torch.get_num_threads()})['marsclr']()")
+    return t.assign(images_per_s=1000/t.median_ms, peak_MiB=[alone['peak_MiB'], None])
+
+
+# %% ../nbs/09a_training_speed.ipynb #5974d116
 def explain_step(
     pack:str, backbone:str, image_size:int, batch_size:int, # as for `marsclr_pretrain`; pack '': MarsYard
     rounds:int,
@@ -230,7 +263,7 @@ def explain_step(
 
 @command
 def marsclr_bench(
-    what:str,      # loss, augment, train, features or kmeans
+    what:str,      # loss, augment, train, features, kmeans or pack
     to:str='',     # the CSV file to write, and a picture beside it; bench-WHAT.csv by default
     rounds:int=7,  # that count; one more to warm up
     threads:int=1, # of torch
@@ -241,7 +274,7 @@ def marsclr_bench(
     batch_size:int=128,   # images in a batch
 ):
     "Speed and memory beside the peers that are installed (pip install lightly pytorch-metric-learning), on this machine, in one run"
-    benches = dict(loss=(bench_loss, 'views'), augment=(bench_augment, 'view'), train=(bench_train, 'view'), features=(bench_features, 'images'), kmeans=(bench_kmeans, 'images'))
+    benches = dict(loss=(bench_loss, 'views'), augment=(bench_augment, 'view'), train=(bench_train, 'view'), features=(bench_features, 'images'), kmeans=(bench_kmeans, 'images'), pack=(bench_pack, 'images'))
     if what not in benches: raise MarsclrError(f'{what!r} is not known: choose from {" ".join(benches)}')
     for k,v in dict(rounds=rounds, threads=threads, image_size=image_size, batch_size=batch_size).items():
         if v < 1: raise MarsclrError(f'--{k} {v}: give at least 1')

@@ -25,7 +25,7 @@ from .core import MarsclrError, Stopped, epoch_order, on_sigterm, one_line, read
 from .packing import Pack
 from .processes import agree, any_of_all, decided, rank, world
 
-# %% ../nbs/01b_runs.ipynb #94d0f063
+# %% ../nbs/01b_runs.ipynb #eb9c1bed
 class PackLoader(DistributedDL):
     "The batches of an epoch as a pure function of (seed, epoch); each process gets its part of every global batch"
     def __init__(self,
@@ -49,13 +49,20 @@ class PackLoader(DistributedDL):
         "Which images come when"
         return epoch_order(len(self.pack), self.seed, epoch)[:len(self)*self.bs].reshape(len(self), -1)
 
+    def read(self,
+        rows:np.ndarray, # (B,) row numbers
+    ) -> tuple: # images (B, S, S, 3) uint8 and rows, in memory that a GPU can copy from while it computes
+        "A batch before it is sent"
+        batch = self.pack[rows],torch.from_numpy(rows)
+        return tuple(o.pin_memory() for o in batch) if torch.device(self.device or 'cpu').type == 'cuda' else batch
+
     def __iter__(self):
         with ThreadPoolExecutor(1) as ahead:
             batches = list(np.split(self.rows(self.epoch)[self.start:], world(), axis=1)[rank()])
-            nxt = ahead.submit(self.pack.__getitem__, batches[0]) if batches else None
-            for i,rows in enumerate(batches):
-                images,nxt = nxt.result(), ahead.submit(self.pack.__getitem__, batches[i+1]) if i+1 < len(batches) else None
-                yield to_device((images, torch.from_numpy(rows)), self.device)
+            nxt = ahead.submit(self.read, batches[0]) if batches else None
+            for rest in range(len(batches)-1, -1, -1):
+                batch,nxt = nxt.result(), ahead.submit(self.read, batches[-rest]) if rest else None
+                yield to_device(batch, self.device, non_blocking=True)
 
 # %% ../nbs/01b_runs.ipynb #4b055a7e
 class RunLearner(Learner):
