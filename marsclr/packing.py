@@ -167,18 +167,20 @@ def _open(path, meta):
                         dtype={c: str for c in ('path', 'domain', 'split', 'rover', 'camera', 'sequence', 'sha256')})
     return Pack([np.load(path/'images.npy', mmap_mode='r')], table, meta['classes'], meta['name'])
 
-# %% ../nbs/00b_packing.ipynb #058c5ea4
-def _decoded(paths, size, workers=None, progress=False, few=8):
-    "Pixels, hash and reason of every image in order, decoded in threads, at most 64 MiB ahead (or one image a thread)"
-    def read(part): return [read_image(p, size) for p in part]
-    workers,few = workers or os.cpu_count(),max(1, min(few, 2**20//(3*size**2)))
+# %% ../nbs/00b_packing.ipynb #4ad4f36d
+def _decoded(paths, size, workers=None, progress=False):
+    "A few images at a time, in order: the bytes of all their pixels, hash and reason of each. At most 64 MiB (or one image a thread) ahead"
+    def read(part):
+        pixels,*notes = zip(*(read_image(p, size) for p in part))
+        return b''.join(o for o in pixels if o is not None), list(zip(*notes))
+    workers,few = workers or os.cpu_count(),max(1, min(16, 2**20//(3*size**2)))
     ahead,starts = max(workers, 2**26//(3*size**2*few)),range(0, len(paths), few)
     pool,todo = ThreadPoolExecutor(workers),deque()
     try:
         for i in progress_bar(starts) if progress else starts:
             todo.append(pool.submit(read, paths[i:i+few]))
-            if len(todo) > ahead: yield from todo.popleft().result()
-        while todo: yield from todo.popleft().result()
+            if len(todo) > ahead: yield todo.popleft().result()
+        while todo: yield todo.popleft().result()
     finally: pool.shutdown(cancel_futures=True)
 
 # %% ../nbs/00b_packing.ipynb #669e1528
@@ -207,7 +209,7 @@ def _goes_on(f, start, rest):
     f.seek(at)
     return False
 
-# %% ../nbs/00b_packing.ipynb #a35723ff
+# %% ../nbs/00b_packing.ipynb #07bd7242
 class _Growing:
     "The files of an unfinished pack; what an earlier run wrote is kept as far as it fits"
     def __init__(self, folder, archive, size):
@@ -220,46 +222,47 @@ class _Growing:
                 f.write(head)
         for f in self.files: f.truncate()
 
-    def _starts(self):
-        "How each image's line begins in table.csv, and in quarantine.csv"
+    def _rows(self):
         t = self.archive.table.iloc[self.good+self.bad:]
-        return ((_line([*row, ''])[:-1], _line([path, ''])[:-1]) for path,row in zip(t.path, t.itertuples(index=False, name=None)))
+        return zip(t.path, t.itertuples(index=False, name=None))
 
     def _keep(self):
         "Go to the end of what fits; false where nothing does"
         images,table,quarantine = self.files
         there = (os.fstat(images.fileno()).st_size - len(self.heads[0]))//(3*self.size**2)
         if _side(images) != self.size or [f.read(len(h)) for f,h in zip(self.files[1:], self.heads[1:])] != self.heads[1:]: return False
-        for start,start_bad in self._starts():
-            if self.good < there and _goes_on(table, start, rb'[0-9a-f]{64}\n'): self.good += 1
-            elif _goes_on(quarantine, start_bad, rb'.+\n'): self.bad += 1
+        for path,row in self._rows():
+            if self.good < there and _goes_on(table, _line([*row, ''])[:-1], rb'[0-9a-f]{64}\n'): self.good += 1
+            elif _goes_on(quarantine, _line([path, ''])[:-1], rb'.+\n'): self.bad += 1
             else: break
         images.seek(len(self.heads[0]) + self.good*3*self.size**2)
         return self.good+self.bad > 0
 
-    def add(self, rows):
-        "Write pixels, hash and reason of the next images; the tables follow when the pixels are on the disk"
-        images,table,quarantine = self.files
-        for _,(pixels,_,_) in rows:
-            if pixels is not None: images.write(pixels)
-        images.flush()
-        os.fsync(images.fileno())
-        for (start,start_bad),(pixels,sha,reason) in rows:
-            if pixels is None: quarantine.write(start_bad + _line([reason]))
-            else: table.write(start + sha.encode() + b'\n')
-            self.good,self.bad = self.good + (pixels is not None),self.bad + (pixels is None)
-        for f in (table, quarantine): f.flush()
+    def _settle(self, lines):
+        "The tables follow when the pixels are on the disk"
+        os.fsync(self.files[0].fileno())
+        for f,new in zip(self.files[1:], lines):
+            f.write(b''.join(new))
+            f.flush()
+        self.good,self.bad = self.good+len(lines[0]),self.bad+len(lines[1])
 
-    def add_all(self, rows):
-        "Write chunk by chunk in a thread of its own, while the next chunk is decoded"
-        rows,before = zip(self._starts(), rows),None
+    def add(self, parts):
+        "Write what is decoded as it comes; the disk settles it meanwhile, 16 MiB at a time"
+        rows,lines,size,settling = self._rows(),([], []),0,None
         with ThreadPoolExecutor(1) as disk:
-            while part := list(islice(rows, max(1, 2**24//(3*self.size**2)))):
-                if any(o[0] is None for _,o in part) and not Path(self.archive.root).is_dir():
+            for pixels,notes in parts:
+                if any(reason for _,reason in notes) and not Path(self.archive.root).is_dir():
                     raise FileNotFoundError(f'{self.archive.root} has vanished: what is packed so far is kept, the same command goes on when it is back')
-                if before: before.result()
-                before = disk.submit(self.add, part)
-            if before: before.result()
+                self.files[0].write(pixels)
+                for (sha,reason),(path,row) in zip(notes, rows): lines[reason != ''].append(_line([path, reason] if reason else [*row, sha]))
+                size += len(pixels)
+                if size >= 2**24:
+                    if settling: settling.result()
+                    self.files[0].flush()
+                    settling,lines,size = disk.submit(self._settle, lines),([], []),0
+            if settling: settling.result()
+            self.files[0].flush()
+            self._settle(lines)
 
     def close(self):
         self.files[0].seek(0)
@@ -287,7 +290,7 @@ def _unfinished(to):
             raise
     _to_disk(to.parent)
 
-# %% ../nbs/00b_packing.ipynb #ef52930c
+# %% ../nbs/00b_packing.ipynb #f74f19ff
 def _first(path):
     row = pd.read_csv(path, nrows=1, keep_default_na=False, encoding_errors='surrogateescape').iloc[0]
     return f'{row.path!r}: {row.reason}'
@@ -308,7 +311,7 @@ def pack_archive(
             warnings.filterwarnings('ignore', module='PIL')
             done = growing.good + growing.bad
             if done: print(f'{to}: going on after {done} of {len(archive)} images')
-            with closing(_decoded([archive.root/p for p in archive.table.path[done:]], size, workers, progress)) as rows: growing.add_all(rows)
+            with closing(_decoded([archive.root/p for p in archive.table.path[done:]], size, workers, progress)) as parts: growing.add(parts)
         if not growing.good: raise MarsclrError(f'none of the {growing.bad} images of {archive.name} can be read, the first: {_first(tmp/"quarantine.csv")}')
         meta = dict(name=archive.name, size=size, images=growing.good, quarantined=growing.bad, classes=archive.classes)
         pack = _open(tmp, meta)
