@@ -6,12 +6,11 @@
 __all__ = ['formats', 'layouts', 'decode', 'read_image', 'fingerprint', 'Pack', 'concat_packs', 'load_pack', 'pack_archive',
            'marsclr_pack']
 
-# %% ../nbs/00b_packing.ipynb #9d9a7082
-import csv, fcntl, hashlib, io, json, os, re, shutil, stat, warnings
+# %% ../nbs/00b_packing.ipynb #43ded061
+import csv, ctypes, fcntl, hashlib, io, json, os, re, shutil, stat, time, warnings
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
-from itertools import islice
 from pathlib import Path
 from threading import Condition
 
@@ -35,7 +34,7 @@ def _square(im, size):
     if im.mode == 'RGBA': im = Image.alpha_composite(Image.new('RGBA', im.size, 'black'), im).convert('RGB')
     return np.asarray(im)
 
-# %% ../nbs/00b_packing.ipynb #913ede07
+# %% ../nbs/00b_packing.ipynb #b5637df1
 class _Room:
     "Bytes of memory for all threads together; who needs more than is free waits"
     def __init__(self, total): self.total,self.free,self.change = total,total,Condition()
@@ -53,8 +52,9 @@ class _Room:
                 self.change.notify_all()
 
 _files,_pixels = _Room(2**26),_Room(2**28)
+_trim = getattr(ctypes.CDLL(None), 'malloc_trim', lambda pad: None)
 
-# %% ../nbs/00b_packing.ipynb #ee4f6aa5
+# %% ../nbs/00b_packing.ipynb #00d0c628
 formats = ('BMP', 'GIF', 'JPEG', 'PNG', 'TIFF', 'WEBP')
 
 def decode(
@@ -67,7 +67,11 @@ def decode(
     scans = file.count(b'\xff\xda') if im.format in ('JPEG', 'MPO') else 1
     im.draft('RGB', (size, size))
     need = im.width*im.height*(20 if im.format == 'WEBP' else 12) + width*height*(6 if scans > 1 else 0)
-    with _pixels(need, f'{width} x {height} pixels'): return _square(im, size)
+    with _pixels(need, f'{width} x {height} pixels'):
+        square = _square(im, size)
+        del im
+        if need > 2**25: _trim(0)
+    return square
 
 # %% ../nbs/00b_packing.ipynb #0658eb96
 def _reason(e):
@@ -98,7 +102,7 @@ def fingerprint(
     lines = [str(size), *(f'{s} {p}' for p,s in zip(table.path, table.sha256))]
     return hashlib.sha256('\n'.join(lines).encode(errors='surrogateescape')).hexdigest()[:16]
 
-# %% ../nbs/00b_packing.ipynb #b8355c73
+# %% ../nbs/00b_packing.ipynb #d125062d
 class Pack:
     "Decoded images, memory-mapped, with their table"
     def __init__(self,
@@ -120,9 +124,9 @@ class Pack:
         rows, # one row number, or an array of B of them
     ) -> torch.Tensor: # (S, S, 3) or (B, S, S, 3) uint8
         "Images by row number"
-        part,row = self.index[np.atleast_1d(rows)].T
-        out = np.empty((len(row), self.size, self.size, 3), np.uint8)
-        for p in np.unique(part): out[part == p] = self.arrays[p][row[part == p]]
+        where,arrays = self.index[np.atleast_1d(rows)].tolist(),[np.asarray(a) for a in self.arrays]
+        out = np.empty((len(where), self.size, self.size, 3), np.uint8)
+        for image,(part,row) in zip(out, where): image[...] = arrays[part][row]
         return torch.from_numpy(out if np.ndim(rows) else out[0])
 
     def where(self,
@@ -209,12 +213,14 @@ def _goes_on(f, start, rest):
     f.seek(at)
     return False
 
-# %% ../nbs/00b_packing.ipynb #07bd7242
+# %% ../nbs/00b_packing.ipynb #9576ee78
 class _Growing:
     "The files of an unfinished pack; what an earlier run wrote is kept as far as it fits"
+    rest = 2**24 # bytes after which the disk settles what is written, if a second has not passed before
     def __init__(self, folder, archive, size):
         self.archive,self.size,self.good,self.bad = archive,size,0,0
         self.files = [os.fdopen(os.open(folder/o, os.O_RDWR | os.O_CREAT, 0o666), 'r+b') for o in ('images.npy', 'table.csv', 'quarantine.csv')]
+        self.left = os.fstat(self.files[1].fileno()).st_size > 0
         self.heads = [_header(0, size), _line([*archive.table.columns, 'sha256']), _line(['path', 'reason'])]
         if not self._keep():
             for f,head in zip(self.files, self.heads):
@@ -247,8 +253,8 @@ class _Growing:
         self.good,self.bad = self.good+len(lines[0]),self.bad+len(lines[1])
 
     def add(self, parts):
-        "Write what is decoded as it comes; the disk settles it meanwhile, 16 MiB at a time"
-        rows,lines,size,settling = self._rows(),([], []),0,None
+        "Write what is decoded as it comes; the disk settles it meanwhile"
+        rows,lines,size,settling,since = self._rows(),([], []),0,None,time.monotonic()
         with ThreadPoolExecutor(1) as disk:
             for pixels,notes in parts:
                 if any(reason for _,reason in notes) and not Path(self.archive.root).is_dir():
@@ -256,10 +262,10 @@ class _Growing:
                 self.files[0].write(pixels)
                 for (sha,reason),(path,row) in zip(notes, rows): lines[reason != ''].append(_line([path, reason] if reason else [*row, sha]))
                 size += len(pixels)
-                if size >= 2**24:
+                if size >= self.rest or time.monotonic() > since+1:
                     if settling: settling.result()
                     self.files[0].flush()
-                    settling,lines,size = disk.submit(self._settle, lines),([], []),0
+                    settling,lines,size,since = disk.submit(self._settle, lines),([], []),0,time.monotonic()
             if settling: settling.result()
             self.files[0].flush()
             self._settle(lines)
@@ -290,7 +296,7 @@ def _unfinished(to):
             raise
     _to_disk(to.parent)
 
-# %% ../nbs/00b_packing.ipynb #f74f19ff
+# %% ../nbs/00b_packing.ipynb #6fac0a89
 def _first(path):
     row = pd.read_csv(path, nrows=1, keep_default_na=False, encoding_errors='surrogateescape').iloc[0]
     return f'{row.path!r}: {row.reason}'
@@ -311,6 +317,7 @@ def pack_archive(
             warnings.filterwarnings('ignore', module='PIL')
             done = growing.good + growing.bad
             if done: print(f'{to}: going on after {done} of {len(archive)} images')
+            elif growing.left: print(f'{to}: what an earlier run left is of another archive or size; starting anew')
             with closing(_decoded([archive.root/p for p in archive.table.path[done:]], size, workers, progress)) as parts: growing.add(parts)
         if not growing.good: raise MarsclrError(f'none of the {growing.bad} images of {archive.name} can be read, the first: {_first(tmp/"quarantine.csv")}')
         meta = dict(name=archive.name, size=size, images=growing.good, quarantined=growing.bad, classes=archive.classes)
