@@ -152,7 +152,7 @@ def concat_packs(
         arrays += p.arrays
     return Pack(arrays, pd.concat(tables, ignore_index=True), classes, ' + '.join(p.name for p in packs), np.concatenate(index))
 
-# %% ../nbs/00b_packing.ipynb #c3b2f47b
+# %% ../nbs/00b_packing.ipynb #2a039f49
 def load_pack(
     path, # a pack folder
 ) -> Pack:
@@ -167,7 +167,7 @@ def load_pack(
     return pack
 
 def _open(path, meta):
-    table = pd.read_csv(path/'table.csv', keep_default_na=False, na_values={'time': ['']}, encoding_errors='surrogateescape', float_precision='round_trip',
+    table = pd.read_csv(path/'table.csv', keep_default_na=False, na_values={'time': ['']}, encoding_errors='surrogateescape',
                         dtype={c: str for c in ('path', 'domain', 'split', 'rover', 'camera', 'sequence', 'sha256')})
     return Pack([np.load(path/'images.npy', mmap_mode='r')], table, meta['classes'], meta['name'])
 
@@ -296,7 +296,7 @@ def _unfinished(to):
             raise
     _to_disk(to.parent)
 
-# %% ../nbs/00b_packing.ipynb #6fac0a89
+# %% ../nbs/00b_packing.ipynb #240c9b4f
 def _first(path):
     row = pd.read_csv(path, nrows=1, keep_default_na=False, encoding_errors='surrogateescape').iloc[0]
     return f'{row.path!r}: {row.reason}'
@@ -316,8 +316,8 @@ def pack_archive(
         with closing(_Growing(tmp, archive, size)) as growing, warnings.catch_warnings():
             warnings.filterwarnings('ignore', module='PIL')
             done = growing.good + growing.bad
-            if done: print(f'{to}: going on after {done} of {len(archive)} images')
-            elif growing.left: print(f'{to}: what an earlier run left is of another archive or size; starting anew')
+            if done: print(f'{to}: going on after {done} of {len(archive)} images', flush=True)
+            elif growing.left: print(f'{to}: what an earlier run left is of another archive or size; starting anew', flush=True)
             with closing(_decoded([archive.root/p for p in archive.table.path[done:]], size, workers, progress)) as parts: growing.add(parts)
         if not growing.good: raise MarsclrError(f'none of the {growing.bad} images of {archive.name} can be read, the first: {_first(tmp/"quarantine.csv")}')
         meta = dict(name=archive.name, size=size, images=growing.good, quarantined=growing.bad, classes=archive.classes)
