@@ -152,7 +152,7 @@ def concat_packs(
         arrays += p.arrays
     return Pack(arrays, pd.concat(tables, ignore_index=True), classes, ' + '.join(p.name for p in packs), np.concatenate(index))
 
-# %% ../nbs/00b_packing.ipynb #2a039f49
+# %% ../nbs/00b_packing.ipynb #ad185cfa
 def load_pack(
     path, # a pack folder
 ) -> Pack:
@@ -161,7 +161,8 @@ def load_pack(
     if not (path/'pack.json').is_file(): raise MarsclrError(f'{path} is not a pack (no pack.json): make one with marsclr_pack')
     meta = read_json(path/'pack.json')
     try: pack = _open(path, meta)
-    except (OSError, EOFError, ValueError, KeyError, AttributeError, TypeError, IndexError) as e: raise MarsclrError(f'{path} is damaged ({one_line(e)}): pack again') from e
+    except (OSError, EOFError, ValueError, KeyError, AttributeError, TypeError, IndexError) as e:
+        raise MarsclrError(f'{path} is damaged ({one_line(e)}): pack again') from e
     if len(pack.arrays[0]) != len(pack.table) or pack.fingerprint != meta.get('fingerprint'):
         raise MarsclrError(f'{path} is damaged: images.npy, table.csv and pack.json do not belong together; pack again')
     return pack
@@ -171,9 +172,9 @@ def _open(path, meta):
                         dtype={c: str for c in ('path', 'domain', 'split', 'rover', 'camera', 'sequence', 'sha256')})
     return Pack([np.load(path/'images.npy', mmap_mode='r')], table, meta['classes'], meta['name'])
 
-# %% ../nbs/00b_packing.ipynb #4ad4f36d
+# %% ../nbs/00b_packing.ipynb #25888474
 def _decoded(paths, size, workers=None, progress=False):
-    "A few images at a time, in order: the bytes of all their pixels, hash and reason of each. At most 64 MiB (or one image a thread) ahead"
+    "A few images at a time, in order: the bytes of their pixels, hash and reason of each; at most 64 MiB (or an image a thread) ahead"
     def read(part):
         pixels,*notes = zip(*(read_image(p, size) for p in part))
         return b''.join(o for o in pixels if o is not None), list(zip(*notes))
@@ -213,13 +214,14 @@ def _goes_on(f, start, rest):
     f.seek(at)
     return False
 
-# %% ../nbs/00b_packing.ipynb #9576ee78
+# %% ../nbs/00b_packing.ipynb #c5343361
 class _Growing:
     "The files of an unfinished pack; what an earlier run wrote is kept as far as it fits"
     rest = 2**24 # bytes after which the disk settles what is written, if a second has not passed before
     def __init__(self, folder, archive, size):
         self.archive,self.size,self.good,self.bad = archive,size,0,0
-        self.files = [os.fdopen(os.open(folder/o, os.O_RDWR | os.O_CREAT, 0o666), 'r+b') for o in ('images.npy', 'table.csv', 'quarantine.csv')]
+        names = 'images.npy','table.csv','quarantine.csv'
+        self.files = [os.fdopen(os.open(folder/o, os.O_RDWR | os.O_CREAT, 0o666), 'r+b') for o in names]
         self.left = os.fstat(self.files[1].fileno()).st_size > 0
         self.heads = [_header(0, size), _line([*archive.table.columns, 'sha256']), _line(['path', 'reason'])]
         if not self._keep():
@@ -236,7 +238,7 @@ class _Growing:
         "Go to the end of what fits; false where nothing does"
         images,table,quarantine = self.files
         there = (os.fstat(images.fileno()).st_size - len(self.heads[0]))//(3*self.size**2)
-        if _side(images) != self.size or [f.read(len(h)) for f,h in zip(self.files[1:], self.heads[1:])] != self.heads[1:]: return False
+        if _side(images) != self.size or any(f.read(len(h)) != h for f,h in zip(self.files[1:], self.heads[1:])): return False
         for path,row in self._rows():
             if self.good < there and _goes_on(table, _line([*row, ''])[:-1], rb'[0-9a-f]{64}\n'): self.good += 1
             elif _goes_on(quarantine, _line([path, ''])[:-1], rb'.+\n'): self.bad += 1
@@ -258,7 +260,7 @@ class _Growing:
         with ThreadPoolExecutor(1) as disk:
             for pixels,notes in parts:
                 if any(reason for _,reason in notes) and not Path(self.archive.root).is_dir():
-                    raise FileNotFoundError(f'{self.archive.root} has vanished: what is packed so far is kept, the same command goes on when it is back')
+                    raise FileNotFoundError(f'{self.archive.root} has vanished: when it is back, the same command goes on')
                 self.files[0].write(pixels)
                 for (sha,reason),(path,row) in zip(notes, rows): lines[reason != ''].append(_line([path, reason] if reason else [*row, sha]))
                 size += len(pixels)
@@ -296,7 +298,7 @@ def _unfinished(to):
             raise
     _to_disk(to.parent)
 
-# %% ../nbs/00b_packing.ipynb #240c9b4f
+# %% ../nbs/00b_packing.ipynb #c157faa1
 def _first(path):
     row = pd.read_csv(path, nrows=1, keep_default_na=False, encoding_errors='surrogateescape').iloc[0]
     return f'{row.path!r}: {row.reason}'
@@ -318,8 +320,10 @@ def pack_archive(
             done = growing.good + growing.bad
             if done: print(f'{to}: going on after {done} of {len(archive)} images', flush=True)
             elif growing.left: print(f'{to}: what an earlier run left is of another archive or size; starting anew', flush=True)
-            with closing(_decoded([archive.root/p for p in archive.table.path[done:]], size, workers, progress)) as parts: growing.add(parts)
-        if not growing.good: raise MarsclrError(f'none of the {growing.bad} images of {archive.name} can be read, the first: {_first(tmp/"quarantine.csv")}')
+            paths = [archive.root/p for p in archive.table.path[done:]]
+            with closing(_decoded(paths, size, workers, progress)) as parts: growing.add(parts)
+        if not growing.good:
+            raise MarsclrError(f'none of the {growing.bad} images of {archive.name} can be read, the first: {_first(tmp/"quarantine.csv")}')
         meta = dict(name=archive.name, size=size, images=growing.good, quarantined=growing.bad, classes=archive.classes)
         pack = _open(tmp, meta)
         (tmp/'pack.json').write_text(json.dumps(meta | dict(fingerprint=pack.fingerprint), indent=1) + '\n')
