@@ -133,18 +133,23 @@ def hirise(
     df = read_labels(root/'labels-map-proj_v3_2_train_val_test.txt', classes)
     return check_files(Archive('HiRISE v3.2', root, make_table('map-proj-v3_2/'+df.name, 'hirise', df.split, df.label), classes))
 
-# %% ../nbs/00_datasets.ipynb #5b0032f1
+# %% ../nbs/00_datasets.ipynb #a7c3ce05
 image_suffixes = {'.jpg', '.jpeg', '.png', '.tif', '.tiff', '.bmp', '.webp', '.gif'}
 
 def find_images(
     root, # a folder
 ) -> list: # posix paths relative to it, sorted
-    "All image files below a folder, by their suffix; hidden folders left out"
+    "All image files below a folder, by their suffix; what is hidden is left out, links to folders are not followed"
     root = _folder(root, 'images')
-    found = [p.relative_to(root) for p in root.rglob('*') if p.suffix.lower() in image_suffixes]
-    paths = sorted(p.as_posix() for p in found if not any(o.startswith('.') for o in p.parts))
+    def refuse(e): raise MarsclrError(f'{e.filename!r} cannot be listed ({e.strerror}): make it readable, or move it away') from e
+    paths = []
+    for folder,folders,files in os.walk(root, onerror=refuse):
+        found = [o for o in (*folders, *files) if o[0] != '.' and os.path.splitext(o)[1].lower() in image_suffixes]
+        folders[:] = [o for o in folders if o[0] != '.']
+        inside = os.path.relpath(folder, root)
+        paths += found if inside == '.' else [f'{inside}/{o}' for o in found]
     if not paths: raise MarsclrError(f'{root} holds no images ({" ".join(sorted(image_suffixes))})')
-    return paths
+    return sorted(paths)
 
 def image_folder(
     root,        # any folder of images

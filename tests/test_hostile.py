@@ -1,0 +1,330 @@
+"A thousand bad files, and a process that is killed again and again: nothing crashes or hangs, and each file is in the table or in the quarantine."
+import io
+import multiprocessing
+import os
+import random
+import signal
+import struct
+import tempfile
+import time
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from fastcore.test import expect_fail
+from PIL import Image
+
+from marsclr import packing
+from marsclr.core import MarsclrError
+from marsclr.datasets import find_images, image_folder, msl, rovers
+from marsclr.marsyard import write_marsyard
+from marsclr.packing import decode, load_pack, marsclr_pack, pack_archive, read_image
+
+forks = multiprocessing.get_context('forkserver')  # imports torch once; each job is then a process of its own, without the wait
+forks.set_forkserver_preload(['marsclr.packing'])
+
+
+def job(function, *args):
+    process = forks.Process(target=function, args=args)
+    process.start()
+    return process
+
+
+PACK = """from pathlib import Path
+from marsclr.datasets import image_folder
+from marsclr.packing import pack_archive
+pack_archive(image_folder({root!r}), {to!r}, size=32, workers=2)
+Path({peak!r}).write_text(next(o.split()[1] for o in open('/proc/self/status') if o.startswith('VmHWM')))"""
+
+
+def pack_folder(root, to):
+    "Peak memory in MiB of a process that packs it, and that knows nothing of the tests"
+    peak = to.with_suffix('.peak')
+    process = job(exec, PACK.format(root=str(root), to=str(to), peak=str(peak)))
+    process.join(120)
+    if process.exitcode is None: process.kill()
+    assert process.exitcode == 0
+    return int(peak.read_text())/1024
+
+
+# --- a thousand files
+
+def saved(image, kind, **kwargs):
+    out = io.BytesIO()
+    image.save(out, kind, **kwargs)
+    return out.getvalue()
+
+
+def exif(turn):
+    tags = Image.Exif()
+    tags[0x0112] = turn
+    return tags
+
+
+def scene(rng, mode='RGB'):
+    "Four colours, one a quarter, of odd sizes: whoever turns it, or takes another channel for red, is found out"
+    image = Image.fromarray(rng.integers(40, 216, (2, 2, 3), dtype=np.uint8)).resize((2*int(rng.integers(20, 60)), 2*int(rng.integers(20, 60))), Image.Resampling.NEAREST)
+    return image.convert(mode)
+
+
+def half(image):
+    image.putalpha(Image.linear_gradient('L').resize(image.size))
+    return image
+
+
+def sixteen(image): return Image.fromarray(np.asarray(image.convert('L')).astype(np.uint16)*257)
+
+
+GOOD = {  # what must be read, each from a scene
+    'cmyk.jpg': lambda o: saved(o.convert('CMYK'), 'JPEG'), 'grey.jpg': lambda o: saved(o.convert('L'), 'JPEG'),
+    'progressive.jpg': lambda o: saved(o, 'JPEG', progressive=True), 'wrong-suffix.tif': lambda o: saved(o, 'PNG'),
+    'turned.jpg': lambda o: saved(o.transpose(Image.Transpose.ROTATE_90), 'JPEG', exif=exif(6)),
+    '16-bit.png': lambda o: saved(sixteen(o), 'PNG'), '16-bit.tif': lambda o: saved(sixteen(o), 'TIFF'),
+    'palette.png': lambda o: saved(o.quantize(8), 'PNG'), 'palette-hole.png': lambda o: saved(o.quantize(8), 'PNG', transparency=0),
+    'alpha.png': lambda o: saved(half(o), 'PNG'), 'grey-alpha.png': lambda o: saved(half(o.convert('L')), 'PNG'), 'alpha.webp': lambda o: saved(half(o), 'WEBP', method=0),
+    'animated.gif': lambda o: saved(o, 'GIF', save_all=True, append_images=[o.rotate(90)]), 'animated.png': lambda o: saved(o, 'PNG', save_all=True, append_images=[o.rotate(90)]),
+    'bits.bmp': lambda o: saved(o.convert('1'), 'BMP'), 'lzw.tif': lambda o: saved(o, 'TIFF', compression='tiff_lzw'),
+    'narrow.png': lambda o: saved(o.crop((0, 0, 1, o.height)), 'PNG'), 'flat.jpg': lambda o: saved(o.crop((0, 0, o.width, 1)), 'JPEG'), 'dot.gif': lambda o: saved(o.crop((0, 0, 1, 1)), 'GIF')}
+
+
+def claim(data, old, new):
+    "The same file, whose header claims another size"
+    assert old in data
+    return data.replace(old, new, 1)
+
+
+def png_bomb(image, side=40000):
+    head = b'IHDR' + struct.pack('>IIBBBBB', side, side, 8, 6, 0, 0, 0)
+    return b'\x89PNG\r\n\x1a\n' + struct.pack('>I', 13) + head + struct.pack('>I', zlib.crc32(head)) + saved(image, 'PNG')[33:]
+
+
+def jpeg_bomb(image): return claim(saved(image, 'JPEG'), struct.pack('>BHH', 8, image.height, image.width), struct.pack('>BHH', 8, 65000, 65000))
+
+
+def tiff_bomb(image):
+    def tag(n, value): return struct.pack('<HHII', n, 4, 1, value)
+    data = saved(image, 'TIFF')
+    for n, value, new in ((256, image.width, 40000), (257, image.height, 40000), (278, image.height, 40000)): data = claim(data, tag(n, value), tag(n, new))
+    return data
+
+
+def bmp_bomb(image): return claim(saved(image, 'BMP'), struct.pack('<ii', *image.size), struct.pack('<ii', 40000, 30000))
+def gif_bomb(image): return claim(saved(image, 'GIF'), struct.pack('<HH', *image.size), struct.pack('<HH', 65535, 65535))
+
+
+BAD = {  # what cannot be read
+    'truncated.jpg': lambda o: saved(o, 'JPEG')[:-30], 'truncated.png': lambda o: saved(half(o), 'PNG')[:-40], 'empty.jpg': lambda o: b'', 'zeros.png': lambda o: bytes(500),
+    'page.jpg': lambda o: b'<!DOCTYPE html><title>404</title>', 'script.jpg': lambda o: b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n(/etc/passwd) run\n',
+    'document.png': lambda o: saved(o, 'PDF'), 'other.jpg': lambda o: saved(o, 'PPM'), '32-bit.tif': lambda o: saved(o.convert('F'), 'TIFF'),
+    'bomb.png': png_bomb, 'smaller-bomb.png': lambda o: png_bomb(o, 6000), 'bomb.jpg': jpeg_bomb, 'bomb.tif': tiff_bomb, 'bomb.bmp': bmp_bomb, 'bomb.gif': gif_bomb}
+
+
+SPECIAL = {'pipe.jpg': os.mkfifo, 'folder.jpg': os.mkdir, 'itself.jpg': lambda o: os.symlink(o, o), 'gone.jpg': lambda o: os.symlink('nobody.jpg', o),
+           'endless.jpg': lambda o: os.symlink('/dev/zero', o), 'socket.jpg': lambda o: os.mknod(o, 0o140666)}
+NAMES = [b'comma, "quote" \'.jpg', b'line\nend.jpg', b'return\r.jpg', b'both\r\n.jpg', b'caf\xe9.jpg', b' space .jpg', b'NA.jpg', b'-1.jpg', b'tab\t;.jpg', b'back\\n.jpg', b'\xff\xfe.jpg']
+
+
+def flipped(data, rng):
+    "With up to 20 bytes changed, anywhere; or cut, or with a part repeated"
+    data = bytearray(data)
+    for _ in range(rng.integers(1, 20)): data[rng.integers(len(data))] = rng.integers(256)
+    a, b = sorted(rng.integers(len(data), size=2))
+    return bytes([data, data[:b], data[:b]+data[a:]][rng.choice(3, p=[.8, .1, .1])])
+
+
+def real_images(folder):
+    archive = rovers() if os.environ.get('MARSCLR_DATA') else msl(write_marsyard(folder/'yard', n=60, size=96))
+    return [(archive.root/p).read_bytes() for p in archive.table.path[::max(1, len(archive)//60)]]
+
+
+def write_hostile(folder, n=1000, seed=0):
+    rng, kinds = np.random.default_rng(seed), {**GOOD, **BAD}
+    real = real_images(folder)
+    root = folder/'hostile'
+    root.mkdir()
+    for name, make in SPECIAL.items(): make(root/name)
+    for name in NAMES: (root/os.fsdecode(name)).write_bytes(saved(scene(rng), 'JPEG'))
+    (root/'loop').symlink_to(root)
+    for i in range(n//2 - len(SPECIAL) - len(NAMES)):
+        name = list(kinds)[i % len(kinds)]
+        (root/f'{i}-{name}').write_bytes(kinds[name](scene(rng)))
+    for i in range(n - n//2):
+        data = real[i % len(real)] if i % 3 else GOOD[list(GOOD)[i % len(GOOD)]](scene(rng))
+        (root/f'flipped-{i}.jpg').write_bytes(flipped(data, rng))
+    return root
+
+
+@pytest.fixture(scope='module')
+def packed(tmp_path_factory):
+    "The folder, its pack, what is in quarantine and why, and the peak memory of the process that packed it"
+    folder = tmp_path_factory.mktemp('hostile')
+    root = write_hostile(folder)
+    memory = pack_folder(root, folder/'pack')
+    quarantine = pd.read_csv(folder/'pack'/'quarantine.csv', encoding_errors='surrogateescape', keep_default_na=False)
+    return root, load_pack(folder/'pack'), dict(zip(quarantine.path, quarantine.reason)), memory
+
+
+def test_a_thousand_bad_files_are_all_accounted_for(packed):
+    root, pack, quarantine, memory = packed
+    there = sorted(os.fsdecode(o) for o in os.listdir(os.fsencode(root)))
+    assert sorted([*pack.table.path, *quarantine]) == [o for o in there if o != 'loop'] and len(there) == 1001
+    assert all(quarantine.values()) and all(o.isascii() and len(o.splitlines()) == 1 for o in quarantine.values())
+    assert not any(' at 0x' in o or str(root) in o for o in quarantine.values())
+    assert memory < 1024
+
+
+def test_each_kind_has_the_fate_it_should(packed):
+    root, pack, quarantine, _ = packed
+    read = set(pack.table.path)
+    assert {os.fsdecode(o) for o in NAMES} <= read and set(SPECIAL) <= set(quarantine)
+    for path in read | set(quarantine):
+        kind = path.partition('-')[2]
+        if kind in GOOD and path[0].isdigit(): assert path in read, (path, quarantine[path])
+        if kind in BAD and path[0].isdigit(): assert path in quarantine, path
+    assert sum(o.startswith('flipped') for o in read) > 50 and sum(o.startswith('flipped') for o in quarantine) > 50
+
+
+@pytest.mark.parametrize('kind', set(GOOD) - {'narrow.png', 'flat.jpg', 'dot.gif', 'bits.bmp', 'palette-hole.png'})
+def test_what_is_read_is_read_right(kind):
+    image = scene(np.random.default_rng(5))
+    expected = decode(saved(image, 'PNG'), 32).astype(float)
+    if '16-bit' in kind or 'grey' in kind: expected[:] = np.asarray(Image.fromarray(expected.astype(np.uint8)).convert('L'))[..., None]
+    if 'alpha' in kind: expected *= np.asarray(Image.linear_gradient('L').resize(image.size).crop(((image.width-min(image.size))//2, (image.height-min(image.size))//2, (image.width+min(image.size))//2, (image.height+min(image.size))//2)).resize((32, 32)))[..., None]/255
+    assert np.abs(decode(GOOD[kind](image.copy()), 32) - expected).mean() < 6
+
+
+def test_a_big_endian_tiff_of_16_bits_is_no_brighter():
+    values, tags = np.arange(0, 65536, 64, dtype='>u2').reshape(32, 32), []
+    for n, value in ((256, 32), (257, 32), (258, 16), (259, 1), (262, 1), (273, 8), (277, 1), (278, 32), (279, 2048)): tags.append(struct.pack('>HHIHH', n, 3, 1, value, 0))
+    data = b'MM\0*' + struct.pack('>I', 8+2048) + values.tobytes() + struct.pack('>H', len(tags)) + b''.join(tags) + bytes(4)
+    assert (decode(data, 32) == (values >> 8)[..., None]).all()
+
+
+@pytest.mark.parametrize('image, kind, options', [(Image.new('RGB', (4700, 4700)), 'PNG', dict(compress_level=1, transparency=(1, 2, 3))),
+                                                  (Image.new('RGB', (3600, 3600)), 'WEBP', dict(method=0)), (Image.new('RGB', (9000, 9000)), 'JPEG', {})])
+def test_the_largest_images_that_are_read_fit_into_memory(image, kind, options, tmp_path):
+    (tmp_path/'in').mkdir()
+    for i in range(4): (tmp_path/'in'/f'{i}.png').write_bytes(saved(image, kind, **options)) if not i else os.link(tmp_path/'in'/'0.png', tmp_path/'in'/f'{i}.png')
+    assert pack_folder(tmp_path/'in', tmp_path/'pack') < 1024
+    assert len(load_pack(tmp_path/'pack')) == 4
+
+
+def test_files_that_vanish_while_packing(tmp_path):
+    archive = msl(write_marsyard(tmp_path/'yard', n=20, size=32))
+    for path in archive.table.path[5:8]: (archive.root/path).unlink()
+    assert len(pack_archive(archive, tmp_path/'pack', 32)) == 17
+    assert pd.read_csv(tmp_path/'pack'/'quarantine.csv').reason.tolist() == ['FileNotFoundError: No such file or directory']*3
+
+
+def test_a_folder_that_vanishes_as_a_whole_is_no_quarantine(tmp_path):
+    archive = msl(write_marsyard(tmp_path/'yard', n=200, size=32))
+    (tmp_path/'yard').rename(tmp_path/'unplugged')
+    with expect_fail(OSError, 'has vanished'): pack_archive(archive, tmp_path/'pack', 32)
+    (tmp_path/'unplugged').rename(tmp_path/'yard')
+    assert len(pack_archive(archive, tmp_path/'pack', 32)) == 200
+
+
+def as_nobody(function):
+    "What the function says when called by a user who may do nothing here; root may do everything"
+    if os.geteuid(): return function()
+    into, out = os.pipe()
+    if (pid := os.fork()) == 0:
+        os.setuid(65534)
+        os.write(out, function().encode())
+        os._exit(0)
+    os.waitpid(pid, 0)
+    return os.read(into, 1000).decode()
+
+
+def test_permissions(tmp_path_factory):
+    with_access = Path('/tmp') if not os.geteuid() else tmp_path_factory.getbasetemp()
+    with tempfile.TemporaryDirectory(dir=with_access) as d:
+        d = Path(d)
+        d.chmod(0o755)
+        (d/'in'/'locked').mkdir(parents=True)
+        (d/'in'/'a.jpg').write_bytes(saved(Image.new('RGB', (40, 40)), 'JPEG'))
+        (d/'in'/'a.jpg').chmod(0)
+        assert as_nobody(lambda: read_image(d/'in'/'a.jpg', 32)[2]) == 'PermissionError: Permission denied'
+        (d/'in'/'locked').chmod(0)
+
+        def list_it():
+            try: return str(find_images(d/'in'))
+            except MarsclrError as e: return str(e)
+        assert as_nobody(list_it) == f"'{d}/in/locked' cannot be listed (Permission denied): make it readable, or move it away"
+        (d/'in'/'locked').chmod(0o755)
+
+
+# --- kills
+
+def pack_slowly(root, to, out):
+    "As the command does, but with time to be killed in"
+    os.dup2(os.open(out, os.O_CREAT | os.O_WRONLY | os.O_APPEND), 1)
+    fast, packing._Growing.rest = packing.decode, 2**18
+
+    def slow(file, size):
+        time.sleep(.001)
+        return fast(file, size)
+    packing.decode = slow
+    marsclr_pack(['msl', str(to), '--root', str(root), '--size', '48', '--workers', '2'])
+
+
+def contents(folder): return {o.name: o.read_bytes() for o in folder.iterdir()}
+
+
+def test_killed_four_times_it_ends_as_if_it_had_not_been(tmp_path):
+    root, rng = write_marsyard(tmp_path/'yard', n=600, size=64), random.Random(0)
+    archive = msl(root)
+    for path in archive.table.path[7:600:50]: (archive.root/path).write_bytes(b'')
+    pack_archive(archive, tmp_path/'whole', 48)
+    to, part, told = tmp_path/'killed', tmp_path/'.killed-partial', tmp_path/'told'
+    kept = []
+    for _ in range(4):
+        process, before = job(pack_slowly, root, to, told), max(kept, default=100)  # the head of the table has less
+        while not (part/'table.csv').exists() or (part/'table.csv').stat().st_size <= before: assert process.is_alive()
+        time.sleep(rng.uniform(0, .04))
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        assert not to.exists()
+        kept.append((part/'table.csv').stat().st_size)
+    process = job(pack_slowly, root, to, told)
+    process.join(60)
+    assert process.exitcode == 0
+    assert contents(to) == contents(tmp_path/'whole') and not part.exists()
+    going_on = [int(o.split()[3]) for o in told.read_text().split(f'{to}: ')[1:] if o.startswith('going on after')]
+    assert len(going_on) == 4 and 0 < going_on[0] < going_on[1] < going_on[2] < going_on[3] < 600
+
+
+def test_two_at_once_do_not_meet(tmp_path):
+    root = write_marsyard(tmp_path/'yard', n=600, size=64)
+    first = job(pack_slowly, root, tmp_path/'pack', tmp_path/'told')
+    while not (tmp_path/'.pack-partial'/'table.csv').exists(): assert first.is_alive()
+    with expect_fail(MarsclrError, 'is being packed by another process'): pack_archive(msl(root), tmp_path/'pack', 48)
+    first.join(60)
+    assert first.exitcode == 0 and len(load_pack(tmp_path/'pack')) == 600
+
+
+@pytest.mark.parametrize('spoil', ['table.csv', 'quarantine.csv', 'images.npy'])
+def test_a_spoiled_rest_is_used_as_far_as_it_is_sound(spoil, tmp_path):
+    archive = msl(write_marsyard(tmp_path/'yard', n=60, size=32))
+    for path in archive.table.path[::9]: (archive.root/path).write_bytes(b'')
+    pack_archive(archive, tmp_path/'whole', 32)
+    for cut in (0, 1, 90, 140, 1000, 5000):
+        part = tmp_path/'.again-partial'
+        part.mkdir()
+        for name, data in contents(tmp_path/'whole').items(): (part/name).write_bytes(data[:cut] if name == spoil else data)
+        pack_archive(archive, tmp_path/'again', 32)
+        assert contents(tmp_path/'again') == contents(tmp_path/'whole')
+        for o in (tmp_path/'again').iterdir(): o.unlink()
+        (tmp_path/'again').rmdir()
+
+
+def test_an_archive_that_has_changed_keeps_what_comes_before_the_change(tmp_path, capsys):
+    archive = msl(write_marsyard(tmp_path/'yard', n=60, size=32))
+    pack_archive(archive, tmp_path/'.new-partial', 32)
+    shorter = archive.where(np.arange(60) != 40)
+    assert len(pack_archive(shorter, tmp_path/'new', 32)) == 59
+    assert 'going on after 40 of 59 images' in capsys.readouterr().out
+    pack_archive(shorter, tmp_path/'straight', 32)
+    assert contents(tmp_path/'new') == contents(tmp_path/'straight')
