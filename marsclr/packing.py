@@ -6,11 +6,11 @@
 __all__ = ['formats', 'layouts', 'decode', 'read_image', 'fingerprint', 'Pack', 'concat_packs', 'load_pack', 'pack_archive',
            'marsclr_pack']
 
-# %% ../nbs/00b_packing.ipynb #43ded061
+# %% ../nbs/00b_packing.ipynb #dc271d6d
 import csv, ctypes, fcntl, hashlib, io, json, os, re, shutil, stat, time, warnings
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager, nullcontext, suppress
 from pathlib import Path
 from threading import Condition
 
@@ -20,7 +20,7 @@ from PIL import Image, ImageOps
 from .core import MarsclrError, _to_disk, command, one_line, read_json
 from .datasets import Archive, hirise, image_folder, imagenet, msl, rovers
 
-# %% ../nbs/00b_packing.ipynb #22b4882d
+# %% ../nbs/00b_packing.ipynb #46009fc1
 def _rgb(im):
     "An image of any mode as RGB, or as RGBA where something is transparent"
     if im.mode in ('I', 'F'): raise ValueError(f'mode {im.mode}: pixels of 32 bits have no known range, convert them to 8 or 16 bits')
@@ -32,7 +32,7 @@ def _square(im, size):
     ImageOps.exif_transpose(im, in_place=True)
     im = ImageOps.fit(_rgb(im), (size, size), Image.Resampling.BILINEAR)
     if im.mode == 'RGBA': im = Image.alpha_composite(Image.new('RGBA', im.size, 'black'), im).convert('RGB')
-    return np.asarray(im)
+    return np.frombuffer(im.tobytes(), np.uint8).reshape(size, size, 3)
 
 # %% ../nbs/00b_packing.ipynb #b5637df1
 class _Room:
@@ -54,8 +54,14 @@ class _Room:
 _files,_pixels = _Room(2**26),_Room(2**28)
 _trim = getattr(ctypes.CDLL(None), 'malloc_trim', lambda pad: None)
 
-# %% ../nbs/00b_packing.ipynb #00d0c628
-formats = ('BMP', 'GIF', 'JPEG', 'PNG', 'TIFF', 'WEBP')
+# %% ../nbs/00b_packing.ipynb #adbd5308
+formats = ('JPEG', 'PNG', 'TIFF', 'BMP', 'GIF', 'WEBP')
+
+def _need(im, file, size):
+    full = im.width*im.height
+    im.draft('RGB', (size, size))
+    coefficients = im.format in ('JPEG', 'MPO') and full > 2**18 and file.count(b'\xff\xda') > 1
+    return im.width*im.height*(20 if im.format == 'WEBP' else 12) + (6*full if coefficients else 0)
 
 def decode(
     file,     # the file's bytes
@@ -63,17 +69,15 @@ def decode(
 ) -> np.ndarray: # (size, size, 3) uint8, RGB
     "Decode an image, scale its shorter side to `size`, crop the longer about the middle"
     im = Image.open(io.BytesIO(file), formats=formats)
-    width,height = im.size
-    scans = file.count(b'\xff\xda') if im.format in ('JPEG', 'MPO') else 1
-    im.draft('RGB', (size, size))
-    need = im.width*im.height*(20 if im.format == 'WEBP' else 12) + width*height*(6 if scans > 1 else 0)
-    with _pixels(need, f'{width} x {height} pixels'):
+    what = f'{im.width} x {im.height} pixels'
+    need = _need(im, file, size)
+    with _pixels(need, what) if need > 2**21 else nullcontext():
         square = _square(im, size)
         del im
         if need > 2**25: _trim(0)
     return square
 
-# %% ../nbs/00b_packing.ipynb #0658eb96
+# %% ../nbs/00b_packing.ipynb #269d6cc8
 def _reason(e):
     if isinstance(e, Image.UnidentifiedImageError): return f'not an image in a format that is read here ({" ".join(formats)})'
     if isinstance(e, OSError) and e.strerror: return f'{type(e).__name__}: {e.strerror}'
@@ -88,7 +92,7 @@ def read_image(
         info = os.stat(path)
         if not stat.S_ISREG(info.st_mode): raise ValueError('not a regular file')
         if not info.st_size: raise ValueError('the file is empty')
-        with _files(info.st_size, f'{info.st_size} bytes'):
+        with _files(info.st_size, f'{info.st_size} bytes') if info.st_size > 2**20 else nullcontext():
             with open(path, 'rb', buffering=0) as f: file = f.read(info.st_size)
             return decode(file, size), hashlib.sha256(file).hexdigest(), ''
     except Exception as e: return None, '', _reason(e)
