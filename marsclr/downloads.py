@@ -20,7 +20,7 @@ from urllib3.util import Retry
 from . import __version__
 from .core import MarsclrError, Stopped, one_line
 
-# %% ../nbs/00b_downloads.ipynb #b8387fda
+# %% ../nbs/00b_downloads.ipynb #c79414d5
 class Fault(Exception):
     "An answer that will not do"
     def __init__(self,
@@ -39,7 +39,8 @@ def _after(r):
     return 0
 
 def _check_head(r):
-    if r.status_code in (408, 416, 425, 429) or r.status_code >= 500: raise Fault(f'status {r.status_code}', _after(r))
+    after = _after(r)
+    if r.status_code in (408, 416, 425, 429) or r.status_code >= 500: raise Fault(f'status {r.status_code}' + (f', to wait {after:.0f} s' if after else ''), after)
     if r.status_code >= 400: raise Fault(f'status {r.status_code}', final=True)
     if 'html' in r.headers.get('Content-Type', ''): raise Fault('a page of HTML instead of data')
 

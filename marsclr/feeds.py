@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['sizes', 'feeds', 'nasa', 'columns', 'Feed', 'list_sol', 'image_path', 'to_rows', 'latest_sol', 'list_sols',
-           'fetch_rows', 'write_table', 'read_manifest', 'chosen', 'fetch_rover', 'fetch_manifest']
+           'fetch_rows', 'write_table', 'chosen', 'check_begun', 'fetch_rover']
 
-# %% ../nbs/00e_feeds.ipynb #edebd358
+# %% ../nbs/00e_feeds.ipynb #349814f2
 import re, shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from fastprogress import progress_bar
 from .archives import describe, rank, site
 from .core import MarsclrError, one_line, read_json, whole, write_json
 from .datasets import image_suffixes
-from .downloads import Fault, Fetcher, check_image, digest, filling, get_file, get_json
+from .downloads import Fault, Fetcher, Part, check_image, digest, filling, get_file, get_json
 
 # %% ../nbs/00e_feeds.ipynb #57088beb
 def _sides(*names): return [f'{o}_{side}' for o in names for side in ('LEFT', 'RIGHT')]
@@ -142,7 +142,7 @@ def to_rows(
             if row['camera'] in cameras and (row.pop('full') or not full): rows.append({k: '' if v in (None, 'UNK') else v for k,v in row.items()})
     return rows, odd
 
-# %% ../nbs/00e_feeds.ipynb #aabedf89
+# %% ../nbs/00e_feeds.ipynb #0e882388
 def _each(fetcher, connections, func, items, progress, comment):
     "`func` of all items in threads; all stop where one fails or the user interrupts"
     pool = ThreadPoolExecutor(connections)
@@ -197,7 +197,9 @@ def fetch_rows(
     "Fetch what is not there yet"
     def one(row):
         file,sha = Path(to)/image_path(row['id'], row['sol'], row['url']),row.get('sha256')
-        if file.exists() and (not sha or digest(file) == sha): return row['id'], None
+        if file.exists() and (not sha or digest(file) == sha):
+            Part(file).drop()
+            return row['id'], None
         try: get_file(fetcher, row['url'], file, lambda path: _check(path, sha))
         except Fault as e: return row['id'], e
         return row['id'], None
@@ -212,7 +214,7 @@ def _check(path, sha):
     check_image(path)
     if sha and (found := digest(path)) != sha: raise Fault(f'its sha256 is {found[:16]}..., not {sha[:16]}... as in the manifest', final=True)
 
-# %% ../nbs/00e_feeds.ipynb #b2eba818
+# %% ../nbs/00e_feeds.ipynb #c92b2816
 def write_table(
     rows:list,      # with id, sol, url and the feed's metadata
     bad:dict,       # id -> what is wrong with it
@@ -229,18 +231,7 @@ def write_table(
         with whole(to/'missing.csv') as tmp: pd.DataFrame(bad.items(), columns=['id', 'reason']).to_csv(tmp, index=False)
     return table
 
-def read_manifest(
-    path, # a `table.csv`
-) -> list: # rows
-    "The images of an earlier download"
-    try: table = pd.read_csv(path, keep_default_na=False, dtype=str)
-    except (OSError, ValueError) as e: raise MarsclrError(f'{path} cannot be read as a manifest ({one_line(e)})') from e
-    missing = {'id', 'sol', 'url', 'sha256'} - set(table.columns)
-    if missing: raise MarsclrError(f'{path} is no manifest: it has no column {sorted(missing)[0]}')
-    try: return [o | dict(path=image_path(o['id'], o['sol'], o['url'])) for o in table.drop_duplicates('id').to_dict('records')]
-    except ValueError as e: raise MarsclrError(f'{path} is refused: {e}') from e
-
-# %% ../nbs/00e_feeds.ipynb #88fcec72
+# %% ../nbs/00e_feeds.ipynb #67f01643
 def chosen(
     to,          # the archive's folder, with its sols listed
     sols,        # which
@@ -259,6 +250,15 @@ def chosen(
     found = list({o['id']: o for o in found}.values())
     return found, odd, short
 
+def check_begun(
+    to,    # the archive's folder
+    asked, # what is asked for, as `fetch.json` shall have it
+):
+    "A folder holds the answer to one request"
+    before = read_json(to/'fetch.json') if (to/'fetch.json').exists() else asked
+    for k in asked:
+        if before.get(k) != asked[k]: raise MarsclrError(f'{to} was begun with {k} {before.get(k)}, not {asked[k]}: give another folder')
+
 def fetch_rover(
     rover:str,      # perseverance or curiosity
     to,             # the archive's folder
@@ -276,9 +276,7 @@ def fetch_rover(
     feed,fetcher,to = feeds[rover],fetcher or Fetcher(),Path(to)
     cameras,size = cameras or feed.cameras,size or ('large' if rover == 'perseverance' else 'full')
     asked = dict(rover=rover, sols=list(sols), cameras=cameras, size=size, full_frames=full, images=images, seed=seed)
-    if (to/'fetch.json').exists() and (before := read_json(to/'fetch.json')) != asked:
-        k = next(k for k in asked if before.get(k) != asked[k])
-        raise MarsclrError(f'{to} was begun with {k} {before.get(k)}, not {asked[k]}: give another folder')
+    check_begun(to, asked)
     these = range(sols[0], min(sols[1], latest_sol(fetcher, feed))+1)
     with filling(to):
         write_json(to/'fetch.json', asked)
@@ -289,17 +287,3 @@ def fetch_rover(
         table = write_table(rows, bad | odd, to)
         if not bad: shutil.rmtree(to/'.fetch')
     return table, bad | odd, short
-
-# %% ../nbs/00e_feeds.ipynb #0f88da70
-def fetch_manifest(
-    path,           # a `table.csv`
-    to,             # the archive's folder
-    fetcher=None,   # a `Fetcher`
-    connections:int=4, # requests at a time
-    progress=False, # show a progress bar
-) -> tuple: # table; id -> reason of what is missing
-    "Fetch the images that a table names, and no others"
-    rows = read_manifest(path)
-    with filling(to):
-        bad = fetch_rows(fetcher or Fetcher(), rows, to, connections, progress)
-        return write_table(rows, bad, to), bad

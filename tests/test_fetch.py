@@ -1,4 +1,5 @@
 "The archives over a network that fails: what is asked for, what is left when a process is killed, and what is said where nothing can be done."
+import hashlib
 import io
 import json
 import multiprocessing
@@ -16,9 +17,9 @@ from urllib.parse import parse_qs, urlsplit
 
 import pandas as pd
 import pytest
-from marsclr.archives import unpack
+from marsclr.archives import records, unpack
 from marsclr.core import MarsclrError
-from marsclr.datasets import image_folder
+from marsclr.datasets import hirise, image_folder
 from marsclr.downloads import Fault, Fetcher, filling, get_file
 from marsclr.fetch import marsclr_fetch
 from marsclr.stand_in import StandIn, faults, pictures, rover_stand_in
@@ -60,7 +61,7 @@ def wait_for(process, condition, out):
 
 
 def test_2000_images_with_every_fault_and_five_kills(tmp_path):
-    folder, kinds = tmp_path/'perseverance', (*faults, *(o for o in faults if o != 'busy'))  # who is asked to wait does so for a second
+    folder, kinds = tmp_path/'perseverance', (*faults, *2*[o for o in faults if o != 'busy'])  # who is asked to wait does so for a second
     line = f'perseverance --sols 10-29 --to {folder}'
     with rover_stand_in('perseverance', range(10, 30), each=100, feed=dict(cap=50), share=.05, kinds=kinds, seed=1) as server:
         before = []  # what was there at each kill, and the requests until then
@@ -70,7 +71,7 @@ def test_2000_images_with_every_fault_and_five_kills(tmp_path):
             process.kill()
             process.join()
             assert process.exitcode == -signal.SIGKILL and not (folder/'table.csv').exists()
-            time.sleep(.5)  # the server finishes what was asked of it
+            time.sleep(.2)  # the server finishes what was asked of it
             before.append((images(folder), {o.name for o in (folder/'.fetch').glob('[0-9]*.json')}, len(server.log)))
         status, said = finish(line, server, tmp_path/'out')
     assert status == 0, said
@@ -197,6 +198,42 @@ def test_another_request_for_the_same_folder_is_refused(tmp_path):
         assert finish(f'perseverance --sols 10 --to {tmp_path/"p"}', server, tmp_path/'out')[0] == 0
         status, said = finish(f'perseverance --sols 11 --to {tmp_path/"p"}', server, tmp_path/'out')
     assert status == 1 and 'was begun with sols [10, 10], not [11, 11]' in said.splitlines()[-1]
+
+
+def test_a_manifest_brings_the_same_images_again(tmp_path):
+    with rover_stand_in('perseverance', [10], each=9) as server:
+        assert finish(f'perseverance --sols 10 --to {tmp_path/"p"}', server, tmp_path/'out')[0] == 0
+        manifest = tmp_path/'p'/'table.csv'
+        for _ in range(2): assert finish(f'perseverance --manifest {manifest} --to {tmp_path/"again"}', server, tmp_path/'out')[0] == 0
+        status, said = finish(f'curiosity --manifest {manifest} --to {tmp_path/"c"}', server, tmp_path/'out')
+        assert status == 1 and 'is a manifest of Perseverance, not of curiosity' in said.splitlines()[-1]
+        status, said = finish(f'perseverance --manifest {manifest} --to {tmp_path/"p"}', server, tmp_path/'out')
+        assert status == 1 and 'was begun with manifest None' in said.splitlines()[-1]
+        spoiled = next((tmp_path/'again').rglob('*.jpg'))
+        spoiled.write_bytes(spoiled.read_bytes()[:-1] + b'x')
+        assert finish(f'perseverance --manifest {manifest} --to {tmp_path/"again"}', server, tmp_path/'out')[0] == 0
+    assert (tmp_path/'again'/'table.csv').read_bytes() == manifest.read_bytes()
+    assert spoiled.read_bytes() == (tmp_path/'p'/spoiled.relative_to(tmp_path/'again')).read_bytes()
+
+
+def test_hirise_comes_in_the_layout_that_its_reader_reads(tmp_path, monkeypatch):
+    names = [f'ESP_01128{i}_2265_RED-0030.jpg' for i in range(3)]
+    files = {'landmarks_map-proj-v3_2_classmap.csv': '0,other\n1,crater\n', **{f'map-proj-v3_2/{n}': o for n, o in zip(names, pictures(3))},
+             'labels-map-proj_v3_2_train_val_test.txt': ''.join(f'{n} 1 {s}\n' for n, s in zip(names, ('train', 'val', 'test')))*2}
+    with zipfile.ZipFile(buffer := io.BytesIO(), 'w') as z:
+        for k, v in files.items(): z.writestr(f'hirise-map-proj-v3_2/{k}', v)
+        z.writestr('__MACOSX/hirise-map-proj-v3_2/._x', 'x')
+    body = buffer.getvalue()
+    md5 = hashlib.md5(body).hexdigest()
+    monkeypatch.setitem(records['hirise'], 'md5', md5)
+    page = lambda query, server: dict(files=[dict(key='hirise-map-proj-v3_2.zip', size=len(body), checksum=f'md5:{md5}', links=dict(self=server.url+'/zip'))])
+    with StandIn({'/zip': body}, {'/api/records/4002935': page}) as server:
+        monkeypatch.setenv('MARSCLR_MIRROR', server.url)
+        monkeypatch.setenv('MARSCLR_DATA', str(tmp_path))
+        for _ in range(2): marsclr_fetch(['hirise'])
+        assert len(server.log) == 2
+    archive = hirise()
+    assert archive.table.split.tolist() == ['train', 'val', 'test'] and archive.open(0).size == (32, 32)
 
 
 def test_a_draw_is_the_same_whatever_came_first(tmp_path):
