@@ -124,8 +124,8 @@ def test_the_installed_script_is_what_the_other_tests_call(base, tmp_path):
     assert (done.returncode, done.stdout, done.stderr.splitlines()[-1]) == (status, out, err.splitlines()[-1])
 
 
-def test_eight_commands_are_installed():
-    assert sorted(scripts) == [f'marsclr_{o}' for o in ('bench', 'cluster', 'falseneg', 'launch', 'pack', 'pretrain', 'probe', 'reproduce')]
+def test_nine_commands_are_installed():
+    assert sorted(scripts) == [f'marsclr_{o}' for o in ('bench', 'cluster', 'falseneg', 'fetch', 'launch', 'pack', 'pretrain', 'probe', 'reproduce')]
 
 
 def test_the_commands_make_what_they_promise(base):
