@@ -6,9 +6,9 @@
 __all__ = ['sizes', 'feeds', 'nasa', 'columns', 'Feed', 'list_sol', 'image_path', 'to_rows', 'latest_sol', 'list_sols',
            'fetch_rows', 'write_table', 'chosen', 'check_begun', 'fetch_rover']
 
-# %% ../nbs/00e_feeds.ipynb #349814f2
+# %% ../nbs/00e_feeds.ipynb #3106d266
 import re, shutil
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from datetime import timedelta
 from heapq import nsmallest
@@ -142,13 +142,13 @@ def to_rows(
             if row['camera'] in cameras and (row.pop('full') or not full): rows.append({k: '' if v in (None, 'UNK') else v for k,v in row.items()})
     return rows, odd
 
-# %% ../nbs/00e_feeds.ipynb #0e882388
+# %% ../nbs/00e_feeds.ipynb #f9c291ba
 def _each(fetcher, connections, func, items, progress, comment):
     "`func` of all items in threads; all stop where one fails or the user interrupts"
     pool = ThreadPoolExecutor(connections)
-    bar = progress_bar(pool.map(func, items), total=len(items), display=progress, leave=progress)
+    bar = progress_bar(as_completed([pool.submit(func, o) for o in items]), total=len(items), display=progress, leave=progress)
     bar.comment = comment
-    try: return list(bar) if items else []
+    try: return [o.result() for o in bar] if items else []
     except BaseException:
         fetcher.stop.set()
         if progress: print()
