@@ -142,7 +142,7 @@ def to_rows(
             if row['camera'] in cameras and (row.pop('full') or not full): rows.append({k: '' if v in (None, 'UNK') else v for k,v in row.items()})
     return rows, odd
 
-# %% ../nbs/00e_feeds.ipynb #f9c291ba
+# %% ../nbs/00e_feeds.ipynb #fae0877d
 def _each(fetcher, connections, func, items, progress, comment):
     "`func` of all items in threads; all stop where one fails or the user interrupts"
     pool = ThreadPoolExecutor(connections)
@@ -176,16 +176,17 @@ def list_sols(
     full=True,      # full frames only
     connections:int=4, # requests at a time
     progress=False, # show a progress bar
-):
+) -> dict: # sol -> why it could not be listed
     "List every sol into a file of its own, if it has none yet"
     def one(sol):
         file = Path(to)/'.fetch'/f'{sol:05d}.json'
-        if file.exists(): return
+        if file.exists(): return sol, None
         try: images,total = list_sol(fetcher, feed, sol, cameras, full)
-        except Fault as e: raise MarsclrError(f'sol {sol} of {feed.rover} cannot be listed: {e}; the same command goes on from there') from e
+        except Fault as e: return sol, f'cannot be listed: {e}'
         rows,odd = to_rows(feed, images, size, cameras, full)
         write_json(file, dict(stated=total, found=len(images), rows=rows, odd=odd))
-    _each(fetcher, connections, one, list(sols), progress, 'sols listed')
+        return sol, None
+    return {k: v for k,v in _each(fetcher, connections, one, list(sols), progress, 'sols listed') if v}
 
 def fetch_rows(
     fetcher:Fetcher,
@@ -214,24 +215,25 @@ def _check(path, sha):
     check_image(path)
     if sha and (found := digest(path)) != sha: raise Fault(f'its sha256 is {found[:16]}..., not {sha[:16]}... as in the manifest', final=True)
 
-# %% ../nbs/00e_feeds.ipynb #c92b2816
+# %% ../nbs/00e_feeds.ipynb #4c57f939
 def write_table(
     rows:list,      # with id, sol, url and the feed's metadata
     bad:dict,       # id -> what is wrong with it
     to,             # the archive's folder
+    progress=False, # show a progress bar
 ) -> pd.DataFrame: # of the images that are there
     "Write `table.csv`, and `missing.csv` where something is missing"
-    to,there = Path(to),{}
-    for o in rows:
-        if o['id'] not in bad: there[o['id']] = o | describe(to/o['path'])
-    table = pd.DataFrame(list(there.values()), columns=columns).sort_values(['sol', 'id'], ignore_index=True)
+    to,there = Path(to),[o for o in rows if o['id'] not in bad]
+    bar = progress_bar(there, display=progress and bool(there), leave=progress)
+    bar.comment = 'images hashed'
+    table = pd.DataFrame([o | describe(to/o['path']) for o in bar], columns=columns).sort_values(['sol', 'id'], ignore_index=True)
     with whole(to/'table.csv') as tmp: table.to_csv(tmp, index=False)
     (to/'missing.csv').unlink(missing_ok=True)
     if bad:
         with whole(to/'missing.csv') as tmp: pd.DataFrame(bad.items(), columns=['id', 'reason']).to_csv(tmp, index=False)
     return table
 
-# %% ../nbs/00e_feeds.ipynb #67f01643
+# %% ../nbs/00e_feeds.ipynb #c89350a3
 def chosen(
     to,          # the archive's folder, with its sols listed
     sols,        # which
@@ -280,10 +282,11 @@ def fetch_rover(
     these = range(sols[0], min(sols[1], latest_sol(fetcher, feed))+1)
     with filling(to):
         write_json(to/'fetch.json', asked)
-        list_sols(fetcher, feed, to, these, cameras, size, full, connections, progress)
-        rows,odd,short = chosen(to, these, images, seed)
+        lost = list_sols(fetcher, feed, to, these, cameras, size, full, connections, progress)
+        if lost and images: raise MarsclrError(f'{len(lost)} sols cannot be listed, so nothing can be drawn yet; the same command tries again. The first: {min(lost)} {lost[min(lost)]}')
+        rows,odd,short = chosen(to, [o for o in these if o not in lost], images, seed)
         if progress: print(f'{len(rows)} images; at {fetcher.rate:g} a second that is {timedelta(seconds=round(len(rows)/fetcher.rate))}')
-        bad = fetch_rows(fetcher, rows, to, connections, progress)
-        table = write_table(rows, bad | odd, to)
+        bad = {f'sol {k}': v for k,v in lost.items()} | fetch_rows(fetcher, rows, to, connections, progress)
+        table = write_table(rows, bad | odd, to, progress)
         if not bad: shutil.rmtree(to/'.fetch')
     return table, bad | odd, short

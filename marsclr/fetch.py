@@ -32,7 +32,7 @@ def summary(
         return dict(images=len(t), first_sol=t.sol.min(), last_sol=t.sol.max(), smallest=sides[0], largest=sides[1], MB=round(t.bytes.sum()/1e6, 1))
     return pd.DataFrame({k: row(t) for k,t in [*table.groupby('camera'), (f'{table.camera.nunique()} cameras', table)]}).T
 
-# %% ../nbs/00f_fetch.ipynb #d8425e20
+# %% ../nbs/00f_fetch.ipynb #23b6e586
 def read_manifest(
     path,  # a `table.csv`
     rover, # whose it should be
@@ -43,7 +43,7 @@ def read_manifest(
     missing = {'id', 'rover', 'sol', 'url', 'sha256'} - set(table.columns)
     if missing: raise MarsclrError(f'{path} is no manifest: it has no column {sorted(missing)[0]}')
     if set(table.rover) != {rover.capitalize()}: raise MarsclrError(f'{path} is a manifest of {" ".join(sorted(set(table.rover))) or "nothing"}, not of {rover}')
-    try: return [o | dict(path=image_path(o['id'], o['sol'], o['url'])) for o in table.drop_duplicates('id').to_dict('records')]
+    try: return [o | dict(sol=int(o['sol']), path=image_path(o['id'], o['sol'], o['url'])) for o in table.drop_duplicates('id').to_dict('records')]
     except ValueError as e: raise MarsclrError(f'{path} is refused: {e}') from e
 
 def fetch_manifest(
@@ -61,7 +61,7 @@ def fetch_manifest(
     with filling(to):
         write_json(to/'fetch.json', asked)
         bad = fetch_rows(fetcher or Fetcher(), rows, to, connections, progress)
-        return write_table(rows, bad, to), bad
+        return write_table(rows, bad, to, progress), bad
 
 # %% ../nbs/00f_fetch.ipynb #16afc120
 _takes = dict(rover=('sols', 'cameras', 'size', 'every_frame', 'images', 'seed'), manifest=('manifest',), paper=('size',), zenodo=(),
@@ -95,7 +95,7 @@ def read_cameras(
         if o not in known: raise MarsclrError(f'--cameras {o}: {rover} has no such camera; near to it: {" ".join(get_close_matches(o, known, 3, .5)) or " ".join(known)}')
     return names
 
-# %% ../nbs/00f_fetch.ipynb #b26b38f1
+# %% ../nbs/00f_fetch.ipynb #ec490495
 def _fetch_images(what, to, o, fetcher, connections):
     "One of the rovers"
     asked = presets.get(what) or dict(rover=what, sols=o['sols'] and read_sols(o['sols']), cameras=read_cameras(o['cameras'], what), full=not o['every_frame'],
@@ -112,7 +112,7 @@ def _report(what, to, table, bad, short=()):
     if short: print(f'{len(short)} sols have fewer images than the feed states, such as sol {short[0]}')
     if bad:
         i,reason = next(iter(bad.items()))
-        raise MarsclrError(f'{len(bad)} images are missing, see {Path(to)/"missing.csv"}; the first: {i}: {reason}. The same command asks for them again')
+        raise MarsclrError(f'{len(bad)} missing, see {Path(to)/"missing.csv"}; the first: {i}: {reason}. The same command asks for them again')
     if not len(table): raise MarsclrError(f'{what}: no such images')
 
 @command

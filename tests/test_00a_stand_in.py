@@ -34,7 +34,7 @@ def test_the_server():
 
 def test_the_feeds_of_raw_images():
     records = [perseverance_record('', 10, i) for i in range(5)]
-    feed = Feed(records, cap=2, late=2)
+    feed = FeedPages(records, cap=2, late=2)
     ask = dict(condition_2='10:sol:gte', condition_3='10:sol:lte', search='|NAVCAM_LEFT')
     first,second = (feed({**ask, 'page': str(i)}, None) for i in range(2))
     test_eq((first['total_results'], second['total_results']), (4, 5))

@@ -177,12 +177,26 @@ def test_what_is_gone_is_named_and_asked_for_again(tmp_path):
         path = urlsplit(server.records[3]['image_files']['large']).path
         jpeg = server.files.pop(path)
         status, said = finish(line, server, tmp_path/'out')
-        assert status == 1 and said.splitlines()[-1].startswith('marsclr_fetch: 1 images are missing') and 'status 404' in said
+        assert status == 1 and said.splitlines()[-1].startswith('marsclr_fetch: 1 missing') and 'status 404' in said
         assert len(pd.read_csv(tmp_path/'p'/'table.csv')) == 19 and pd.read_csv(tmp_path/'p'/'missing.csv').id.tolist() == [server.records[3]['imageid']]
         server.files[path], n = jpeg, len(server.log)
         assert finish(line, server, tmp_path/'out')[0] == 0
     assert len(server.log) == n + 2 and not (tmp_path/'p'/'missing.csv').exists()  # the newest sol, and that image
     assert len(pd.read_csv(tmp_path/'p'/'table.csv')) == 20
+
+
+def test_a_sol_that_cannot_be_listed_stops_nothing_else(tmp_path):
+    line = f'perseverance --sols 10-12 --to {tmp_path/"p"}'
+    with rover_stand_in('perseverance', [10, 11, 12], each=5) as server:
+        server.pages['/rss/api/'] = lambda query, server: server.feed(query, server) if query.get('condition_2') != '11:sol:gte' else 1/0
+        status, said = finish(line, server, tmp_path/'out')
+        assert status == 1 and '1 missing' in said.splitlines()[-1] and 'sol 11: cannot be listed' in said.splitlines()[-1]
+        assert pd.read_csv(tmp_path/'p'/'table.csv').sol.tolist() == 5*[10] + 5*[12]
+        assert 'nothing can be drawn yet' in finish(line.replace('/p', '/q') + ' --images 3', server, tmp_path/'out')[1].splitlines()[-1]
+        server.pages['/rss/api/'], n = server.feed, len(server.log)
+        assert finish(line, server, tmp_path/'out')[0] == 0
+        assert {o['query']['condition_2'] for o in server.log[n:] if 'page' in o['query']} == {'11:sol:gte'}
+    assert len(pd.read_csv(tmp_path/'p'/'table.csv')) == 15
 
 
 def test_another_request_for_the_same_folder_is_refused(tmp_path):
