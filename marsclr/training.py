@@ -6,7 +6,7 @@
 __all__ = ['TwoViews', 'lr_at', 'Schedule', 'adam', 'contrastive_learner', 'knn_accuracy', 'OnlineKnn', 'pretrain', 'make_config',
            'learner_from']
 
-# %% ../nbs/04_training.ipynb #7d83e6b0
+# %% ../nbs/04_training.ipynb #fa2b6d97
 import math
 from functools import partial
 from pathlib import Path
@@ -144,7 +144,7 @@ class OnlineKnn(Callback):
 
     def log_row(self): return dict(knn=f'{self.accuracy:.4f}')
 
-# %% ../nbs/04_training.ipynb #9b5bd506
+# %% ../nbs/04_training.ipynb #34fbac39
 def pretrain(
     pack:str,                # pack folder; several, separated by commas, are mixed (section 4.3)
     run:str,                 # run folder to make, or to take up where it stopped
@@ -173,7 +173,7 @@ def pretrain(
 ) -> Path: # the run folder
     "Pretrain an encoder without labels"
     settings,run = dict(locals()),Path(run)
-    data = concat_packs(*(load_pack(o) for o in pack.split(',')))
+    data = pack if isinstance(pack, Pack) else concat_packs(*(load_pack(o) for o in pack.split(',')))
     groups = load_clusters(clusters, data) if clusters else None
     config = make_config(settings, data, groups)
     with joined(pick_device(device)):
