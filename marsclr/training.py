@@ -144,9 +144,9 @@ class OnlineKnn(Callback):
 
     def log_row(self): return dict(knn=f'{self.accuracy:.4f}')
 
-# %% ../nbs/04_training.ipynb #34fbac39
+# %% ../nbs/04_training.ipynb #dc37c87c
 def pretrain(
-    pack:str,                # pack folder; several, separated by commas, are mixed (section 4.3)
+    pack:str,                # pack folder (from Python, also a `Pack`); several, separated by commas, are mixed (section 4.3)
     run:str,                 # run folder to make, or to take up where it stopped
     loss:str='ntxent',       # ntxent (eq. 1), dcl, cluster_aware (eq. 2), elimination or attraction
     clusters:str='',         # file made by marsclr_cluster, for the losses that need one
