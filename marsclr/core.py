@@ -6,8 +6,8 @@
 __all__ = ['MarsclrError', 'Stopped', 'on_sigterm', 'command', 'whole', 'one_line', 'write_json', 'read_json', 'append_rows',
            'data_root', 'mix64', 'addressed_uniform', 'epoch_order']
 
-# %% ../nbs/00_core.ipynb #1d300e69
-import json, os, shutil, signal, sys, tempfile, threading
+# %% ../nbs/00_core.ipynb #3c603fd0
+import json, os, re, shutil, signal, sys, tempfile, threading
 from contextlib import contextmanager, suppress
 from functools import wraps
 from pathlib import Path
@@ -36,7 +36,7 @@ def on_sigterm(
 
 def _stop(*_): raise Stopped('stopped by SIGTERM')
 
-# %% ../nbs/00_core.ipynb #10fcb5a0
+# %% ../nbs/00_core.ipynb #50970e89
 def command(
     func,      # a function whose parameters carry types, defaults and docments
     name=None, # of the script, the function's own by default
@@ -46,7 +46,7 @@ def command(
     name = name or func.__name__
     @wraps(func)
     def main(argv=None):
-        args = vars(anno_parser(func, prog=name).parse_args(argv))
+        args = vars(anno_parser(func, prog=name).parse_args(_underscored(sys.argv[1:] if argv is None else argv)))
         for hidden in ('pdb', 'xtra'): args.pop(hidden)
         try:
             if not several and int(os.environ.get('WORLD_SIZE', 1)) > 1: raise MarsclrError('works in one process: start it without a launcher')
@@ -62,6 +62,8 @@ def command(
             _tell_launcher(e)
             raise
     return main
+
+def _underscored(argv): return [re.sub('^--[^=]+', lambda o: '--' + o[0][2:].replace('-', '_'), o) for o in argv]
 
 def _tell_launcher(e):
     if 'TORCHELASTIC_ERROR_FILE' in os.environ: get_error_handler().record_exception(e)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['recipes', 'recipe_of', 'Lab', 'draw', 'run_name', 'LabeledView', 'supervised', 'commit']
 
-# %% ../nbs/07c_methods.ipynb #ae9c37fd
+# %% ../nbs/07c_methods.ipynb #d15781be
 import subprocess, time
 from dataclasses import dataclass
 from functools import cache, partial
@@ -26,9 +26,10 @@ from .core import MarsclrError, whole, write_json
 from .encoders import create_encoder, encode, load_encoder, pick_device, save_encoder
 from .packing import Pack, concat_packs
 from .runs import Autocast, PackLoader, RunFolder, RunLearner, open_run, show_progress
+from .texture import texture_clusters
 from .training import Schedule, adam, pretrain
 
-# %% ../nbs/07c_methods.ipynb #89c08e7e
+# %% ../nbs/07c_methods.ipynb #4d3be254
 recipes = {
     'random weights': {},
     'supervised from scratch': {},
@@ -37,6 +38,7 @@ recipes = {
     'mixed-domain': dict(pool='mixed'),
     'eq. 2, pixels + capture': dict(loss='cluster_aware', clusters='pixels + capture'),
     'eq. 2, eq. 1 features': dict(loss='cluster_aware', clusters='eq. 1 features'),
+    'eq. 2, texture': dict(loss='cluster_aware', clusters='texture'),
     'eq. 2, capture': dict(loss='cluster_aware', clusters='capture'),
     'elimination, pixels + capture': dict(loss='elimination', clusters='pixels + capture'),
     'attraction, pixels + capture': dict(loss='attraction', clusters='pixels + capture'),
@@ -53,13 +55,13 @@ def recipe_of(
     if name not in recipes: raise MarsclrError(f'method {method!r} is not known: choose from {"; ".join(recipes)}')
     return dict(recipes[name], **(dict(k=int(k)) if k else {}))
 
-# %% ../nbs/07c_methods.ipynb #02613a84
+# %% ../nbs/07c_methods.ipynb #f4e53bf8
 @dataclass
 class Lab:
     "Where the methods are put to work"
     packs:dict    # 'pool', 'natural' where a recipe mixes it in, and the labeled packs by name
     to:Path       # folder of the runs
-    settings:dict # `pretrain`, `supervised`; `k` of each source of clusters; `natural` images in the mixed pool, `images` in each row of Table 2
+    settings:dict # `pretrain`, `supervised`, `texture`; `k` of each source of clusters; `natural` images in the mixed pool, `images` in each row of Table 2
 
 def draw(
     pack:Pack,
@@ -84,7 +86,7 @@ def pool(self:Lab,
     if name == 'natural': return draw(natural, n, seed)
     return concat_packs(draw(curiosity, n//2, seed), draw(natural, n-n//2, seed))
 
-# %% ../nbs/07c_methods.ipynb #52a88a40
+# %% ../nbs/07c_methods.ipynb #413bef9f
 def run_name(
     method:str, # or source of clusters
     *more,      # what else tells it apart
@@ -104,7 +106,9 @@ def clusters(self:Lab,
     if source == 'capture': found = capture_clusters(pool)
     elif source == 'true classes': found = label_clusters(pool)
     else:
-        x = source_features(pool, seed, self.train('eq. 1', seed), None)[source]()
+        texture = self.to/f'texture-seed{seed}'
+        if source.startswith('texture'): texture_clusters(pool, texture, seed=seed, save_every=5, **self.settings['texture'])
+        x = source_features(pool, seed, self.train('eq. 1', seed), texture)[source]()
         found = Clusters(*kmeans(x.numpy(), k, seed), f'{source}, K={k}', pool.fingerprint)
     found.save(path)
     return path
