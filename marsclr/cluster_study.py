@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['source_features', 'study_rows', 'cluster_table', 'with_spread', 'trade_figure', 'k_rule']
 
-# %% ../nbs/07a_cluster_study.ipynb #af67e1f7
+# %% ../nbs/07a_cluster_study.ipynb #722b2d06
 from functools import cache
 from pathlib import Path
 
-import numpy as np, pandas as pd, torch, torch.nn.functional as F
+import pandas as pd, torch, torch.nn.functional as F
 from matplotlib import pyplot as plt
 from .cluster_quality import cluster_row, silhouette, stability
 from .clustering import Clusters, capture_clusters, kmeans, pixel_features, pool_groups, whiten

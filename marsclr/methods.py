@@ -158,13 +158,14 @@ def supervised(
         save_encoder(encoder, run/'encoder.safetensors')
     return run
 
-# %% ../nbs/07c_methods.ipynb #9902ee7b
+# %% ../nbs/07c_methods.ipynb #f20827a9
 @cache
 def commit() -> str: # as git has it, with a + where files differ from it; or the version
     "Which code is at work"
     try: return subprocess.run(['git', 'describe', '--always', '--dirty=+', '--exclude=*'], cwd=Path(getfile(Pack)).parent, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError): return f'v{__version__}'
 
+# %% ../nbs/07c_methods.ipynb #530ca053
 @patch
 def train(self:Lab,
     method:str, # as in `recipes`
@@ -195,17 +196,17 @@ def by_recipe(self:Lab,
     groups = self.clusters(r['clusters'], r.get('k', self.settings['k'].get(r['clusters'])), seed) if 'clusters' in r else ''
     pretrain(pool, str(run), r.get('loss', 'ntxent'), str(groups), save_every=20, **kw)
 
-# %% ../nbs/07c_methods.ipynb #7a51636b
+# %% ../nbs/07c_methods.ipynb #99e58290
 @patch
 def features(self:Lab,
     method:str,
     seed:int,
     pack:Pack, # to be tested on
-) -> np.ndarray: # (N, D)
+) -> tuple: # (N, D) features; the run folder, none for random weights
     "Features of a labeled pack, from the encoder of a method; both are made if they are not there"
     run,path = self.train(method, seed, pack),self.to/'features'/f'{run_name(method, pack.fingerprint, f"seed{seed}")}.npy'
     if not path.exists():
         torch.manual_seed(seed)
         encoder = load_encoder(run) if run else create_encoder(self.settings['pretrain']['backbone'])
         with whole(path) as p: np.save(p, encode(encoder, pack).numpy())
-    return np.load(path)
+    return np.load(path), run

@@ -20,7 +20,7 @@ from .false_negatives import false_negative_rate, simulate
 from .linear_evaluation import probe
 from .methods import Lab, commit, recipe_of, run_name
 
-# %% ../nbs/07d_paper.ipynb #d7f7b3ff
+# %% ../nbs/07d_paper.ipynb #60103d63
 _three,_two = [42, 43, 44],[42, 43]
 
 groups = dict(
@@ -32,6 +32,7 @@ groups = dict(
 
 key = ['method', 'seed', 'pack', 'labels', 'draw']
 
+# %% ../nbs/07d_paper.ipynb #9a02c825
 def grid(
     settings:dict, # of a preset: `groups`, `labels` (percentages), `draws`, and what `Lab` needs
     only,          # names of groups
@@ -81,20 +82,20 @@ def draw_labels(
         if len(keep) != len(names): raise MarsclrError(f'{path} names {len(names)} images, {len(keep)} of them are train images of the pack')
     return table.assign(split=table.split.where((table.split != 'train') | table.index.isin(keep), ''))
 
-# %% ../nbs/07d_paper.ipynb #f82c9201
+# %% ../nbs/07d_paper.ipynb #7ead589d
 @patch
 def row(self:Lab,
     cell, # a row of `grid`
 ) -> dict: # a row of the table
     "Train if need be, probe once, and say what there is to say"
     pack,began = self.packs[cell.pack],time.perf_counter()
-    x,ready = self.features(cell.method, cell.seed, pack),time.perf_counter()
+    (x,run),ready = self.features(cell.method, cell.seed, pack),time.perf_counter()
     table = draw_labels(pack.table, cell.labels, cell.draw, data_root()/'msl-label-fractions' if cell.pack.startswith('MSL') else None)
     r = probe(x, table, pack.classes, seed=cell.seed)
     majority = pd.Series(r.truth).value_counts(normalize=True).iloc[0]
     weights = sum(o.numel() for o in create_encoder(self.settings['pretrain']['backbone']).parameters())
     return dict({k: cell[k] for k in key}, **r.summary(), majority=majority, parameters=weights, learned_from=int((table.split == 'train').sum()),
-                **run_facts(self.train(cell.method, cell.seed, pack)), config=cell.config, probed_by=commit(),
+                **run_facts(run), config=cell.config, probed_by=commit(),
                 features_s=round(ready-began), probe_s=round(time.perf_counter()-ready))
 
 def run_facts(
@@ -149,7 +150,7 @@ def price(
         rows.append(dict(group=group, method=method, cells=len(g), encoders=encoders, minutes=round((train + len(g)*settings['probe_s'])/60)))
     return pd.DataFrame(rows, columns=['group', 'method', 'cells', 'encoders', 'minutes'])
 
-# %% ../nbs/07d_paper.ipynb #3903cee2
+# %% ../nbs/07d_paper.ipynb #3cc5f538
 def half_width(
     x, # one number a seed
 ) -> float: # nan for one seed
@@ -168,6 +169,7 @@ def less(
     d = {m: (wide[m]-wide[over]).dropna() for m in table.method.unique() if m != over} if over in wide else {}
     return pd.DataFrame({m: dict(mean=x.mean(), half=half_width(x), seeds=len(x)) for m,x in d.items() if len(x)}, index=['mean', 'half', 'seeds']).T
 
+# %% ../nbs/07d_paper.ipynb #570b33a4
 def summary(
     table:pd.DataFrame, # cells of one pack and share of labels
     against=('eq. 1', 'DCL'), # methods to take differences to
@@ -183,7 +185,7 @@ def summary(
             rows[method][f'less {o}'] = pm(*d.loc[method, ['mean', 'half']]) if method in d.index else ''
     return pd.DataFrame(rows).T
 
-# %% ../nbs/07d_paper.ipynb #52c963c9
+# %% ../nbs/07d_paper.ipynb #546f07bf
 def method_figure(
     table:pd.DataFrame, # cells of all labels
     paper={},           # accuracies of the paper by pack and method, in %
@@ -207,6 +209,7 @@ def method_figure(
         ax.title.set_size(9)
     return fig
 
+# %% ../nbs/07d_paper.ipynb #f287a189
 def labels_figure(
     table:pd.DataFrame, # cells of fig4
     column='accuracy',

@@ -6,14 +6,14 @@
 __all__ = ['laptop', 'yard', 'presets', 'cells', 'open_folder', 'make_packs', 'make_encoders', 'report_clusters', 'probe_all',
            'accuracy_figure', 'reproduce', 'study', 'reference_archives', 'marsclr_reproduce']
 
-# %% ../nbs/08_reproduction.ipynb #e655cedd
+# %% ../nbs/08_reproduction.ipynb #25377400
 import shutil, time
 from pathlib import Path
 
 import numpy as np, pandas as pd, torch
 from matplotlib import pyplot as plt
 from .cluster_quality import pair_quality
-from .cluster_study import cluster_table, k_rule, source_features, trade_figure, with_spread
+from .cluster_study import cluster_table, k_rule, source_features, trade_figure
 from .clustering import feature_clusters, label_clusters, load_clusters
 from .core import MarsclrError, append_rows, command, whole
 from .datasets import hirise, imagenet, is_copy, msl, rovers
