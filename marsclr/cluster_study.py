@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['source_features', 'study_rows', 'cluster_table', 'with_spread', 'trade_figure', 'k_rule']
 
-# %% ../nbs/07a_cluster_study.ipynb #3e9bca12
+# %% ../nbs/07a_cluster_study.ipynb #722b2d06
 from functools import cache
 from pathlib import Path
 
-import numpy as np, pandas as pd, torch, torch.nn.functional as F
+import pandas as pd, torch, torch.nn.functional as F
 from matplotlib import pyplot as plt
 from .cluster_quality import cluster_row, silhouette, stability
 from .clustering import Clusters, capture_clusters, kmeans, pixel_features, pool_groups, whiten
-from .core import whole
+from .core import append_rows
 from .encoders import create_encoder, encode, load_encoder
 from .packing import Pack
 from .texture import load_texture
@@ -38,7 +38,7 @@ def source_features(
     def pooled(o): return lambda: F.normalize(pool_groups(f[o](), bursts), dim=1)
     return f | {f'{o} + capture': pooled(o) for o in ('pixels', 'eq. 1 features', 'texture')}
 
-# %% ../nbs/07a_cluster_study.ipynb #244ac8ac
+# %% ../nbs/07a_cluster_study.ipynb #16943ab5
 def study_rows(
     pack:Pack,     # what was clustered
     name:str,      # what to call it
@@ -65,14 +65,13 @@ def cluster_table(
     seeds,
 ) -> pd.DataFrame: # one row a pack, source, K and seed
     "False negatives caught and negatives swallowed, by source and number of clusters"
-    table = pd.read_csv(path) if path.exists() else pd.DataFrame(dict(pack=[], source=[]))
+    there = set(pd.read_csv(path).pack) if path.exists() else ()
     for name,pack in packs.items():
-        if name in set(table.pack): continue
+        if name in there: continue
         by_seed = [features(pack, s) for s in seeds]
         rows = [dict(pack=name, source='capture', k=0, seed=seeds[0], **cluster_row(capture_clusters(pack), pack))]
         for source in by_seed[0]: rows += study_rows(pack, name, source, [f[source]() for f in by_seed], ks, seeds)
-        table = pd.concat([table, pd.DataFrame(rows)], ignore_index=True) if len(table) else pd.DataFrame(rows)
-        with whole(path) as p: table.to_csv(p, index=False, float_format='%.4f')
+        append_rows(path, rows)
         print(f'{name}: {len(rows)} rows', flush=True)
     return pd.read_csv(path)
 

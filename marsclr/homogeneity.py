@@ -4,18 +4,19 @@
 
 # %% auto #0
 __all__ = ['methods', 'yard_pack', 'dead_leaves', 'leaves_pack', 'train', 'labeled_yard', 'accuracy', 'rate_left', 'measure',
-           'curve', 'missing', 'gains', 'curve_figure']
+           'point_packs', 'missing', 'curve', 'gains', 'curve_figure']
 
-# %% ../nbs/07b_homogeneity.ipynb #c179aed9
+# %% ../nbs/07b_homogeneity.ipynb #e5037c88
 import shutil, tempfile, time
+from itertools import product
 from pathlib import Path
 
 import numpy as np, pandas as pd, torch
 from matplotlib import pyplot as plt
 from PIL import Image, ImageDraw
 from .cluster_quality import choose_k, pair_quality
-from .clustering import Clusters, feature_clusters, kmeans, label_clusters
-from .core import whole
+from .clustering import feature_clusters, label_clusters, load_clusters
+from .core import append_rows
 from .datasets import image_folder, msl
 from .encoders import create_encoder, encode, load_encoder
 from .linear_evaluation import probe
@@ -99,7 +100,7 @@ def accuracy(
     "Linear evaluation"
     return probe(encode(encoder, pack).numpy(), pack.table, pack.classes).accuracy
 
-# %% ../nbs/07b_homogeneity.ipynb #56fdc9dd
+# %% ../nbs/07b_homogeneity.ipynb #c2d76022
 def rate_left(
     method:str, # one of `methods`
     work:Path,  # what `train` left
@@ -110,20 +111,48 @@ def rate_left(
     if method == 'mixed with leaves':
         half = load_pack(work/'half.pack').table.label.to_numpy()
         label = np.concatenate([half, label.max()+1+np.arange(len(pool)-len(half))])
-    if method.startswith('eq. 2'): ids = np.load(work/f"{method.split()[2]}.npz")['ids']
+    if method.startswith('eq. 2'): ids = load_clusters(work/f'{method.split()[2]}.npz', pool).ids
     return pair_quality(ids, label)['false_negatives_after']
 
+# %% ../nbs/07b_homogeneity.ipynb #5f435cf6
 def measure(
     method:str,    # one of `methods`, or 'random weights'
     work:Path,     # folder with the packs of a point, and its runs
     yards:dict,    # labeled yards: 'own' classes, and 'same' for all
     settings:dict, # for `pretrain`
-) -> dict: # a row of the table
+) -> dict: # figures of a row of the table
     "Train, and probe"
     began = time.perf_counter()
     torch.manual_seed(settings['seed'])
     encoder,k = (create_encoder(settings['backbone']), 0) if method == 'random weights' else train(method, work, settings)
     return dict(clusters=k, left=rate_left(method, work), **{name: accuracy(encoder, o) for name,o in yards.items()}, seconds=time.perf_counter()-began)
+
+def point_packs(
+    to:Path,        # folder of packs
+    classes:int,
+    burst,          # mean length of bursts
+    seed:int,
+    settings:dict,  # as for `curve`
+) -> tuple: # the folder of the point's pool, half a pool and leaves; its labeled yards; its false-negative rate
+    "What a point of the dial is measured on"
+    work,n,kw = to/f'{classes}-{burst}-{seed}',settings['images'],dict(settings['yard'], n_classes=classes, burst=burst, seed=seed)
+    pool = yard_pack(work/'pool.pack', n=n, **kw)
+    yard_pack(work/'half.pack', n=n//2, **kw)
+    leaves_pack(work/'leaves.pack', n - n//2, seed, pool.size)
+    yards = dict(own=labeled_yard(to, classes, settings), same=labeled_yard(to, 24, settings))
+    return work, yards, pair_quality(np.arange(len(pool)), pool.table.label.to_numpy())['false_negatives_before']
+
+# %% ../nbs/07b_homogeneity.ipynb #31c9b110
+def missing(
+    path:Path,      # the table
+    classes:int,    # the point
+    burst,
+    seed:int,
+) -> list: # methods
+    "What is still to be measured at a point"
+    t = pd.read_csv(path) if path.exists() else pd.DataFrame(columns=['classes', 'burst', 'seed', 'method'])
+    there = t[(t.classes == classes) & (t.burst == burst) & (t.seed == seed)]
+    return [o for o in ('random weights', *methods) if o not in set(there.method)]
 
 def curve(
     to,            # folder for the table and the packs
@@ -133,29 +162,16 @@ def curve(
 ) -> pd.DataFrame: # one row a point, seed and method
     "Turn the dial"
     to = Path(to)
-    table = pd.read_csv(to/'curve.csv') if (to/'curve.csv').exists() else pd.DataFrame(dict(classes=[], burst=[], seed=[], method=[]))
-    for seed in seeds:
-        for classes,burst in points:
-            for method in missing(table, classes, burst, seed):
-                work,kw = to/f'{classes}-{burst}-{seed}',dict(settings['yard'], n_classes=classes, burst=burst, seed=seed)
-                pool,_ = (yard_pack(work/f'{name}.pack', n=n, **kw) for name,n in (('pool', settings['images']), ('half', settings['images']//2)))
-                leaves_pack(work/'leaves.pack', settings['images'] - settings['images']//2, seed, pool.size)
-                yards = dict(own=labeled_yard(to, classes, settings), same=labeled_yard(to, 24, settings))
-                before = pair_quality(np.arange(len(pool)), pool.table.label.to_numpy())['false_negatives_before']
-                row = dict(classes=classes, burst=burst, seed=seed, method=method, before=before, **measure(method, work, yards, dict(settings['pretrain'], seed=seed)))
-                table = pd.concat([table, pd.DataFrame([row])], ignore_index=True) if len(table) else pd.DataFrame([row])
-                with whole(to/'curve.csv') as p: table.to_csv(p, index=False, float_format='%.4f')
-                print(f"{classes} classes, bursts of {burst}, seed {seed}, {method}: own {row['own']:.1%}, same {row['same']:.1%}", flush=True)
-            shutil.rmtree(to/f'{classes}-{burst}-{seed}', ignore_errors=True)
+    for seed,(classes,burst) in product(seeds, points):
+        left = missing(to/'curve.csv', classes, burst, seed)
+        if not left: continue
+        work,yards,before = point_packs(to, classes, burst, seed, settings)
+        for method in left:
+            row = dict(classes=classes, burst=burst, seed=seed, method=method, before=before, **measure(method, work, yards, dict(settings['pretrain'], seed=seed)))
+            append_rows(to/'curve.csv', [row])
+            print(f"{classes} classes, bursts of {burst}, seed {seed}, {method}: own {row['own']:.1%}, same {row['same']:.1%}", flush=True)
+        shutil.rmtree(work)
     return pd.read_csv(to/'curve.csv')
-
-def missing(
-    table:pd.DataFrame, # what is there
-    classes, burst, seed, # the point
-) -> list: # methods
-    "What is still to be measured at a point"
-    there = table[(table.classes == classes) & (table.burst == burst) & (table.seed == seed)]
-    return [o for o in ('random weights', *methods) if o not in set(there.method)]
 
 # %% ../nbs/07b_homogeneity.ipynb #dd22f7fc
 def gains(

@@ -145,9 +145,9 @@ class OnlineKnn(Callback):
 
     def log_row(self): return dict(knn=f'{self.accuracy:.4f}')
 
-# %% ../nbs/04_training.ipynb #9b5bd506
+# %% ../nbs/04_training.ipynb #dc37c87c
 def pretrain(
-    pack:str,                # pack folder; several, separated by commas, are mixed (section 4.3)
+    pack:str,                # pack folder (from Python, also a `Pack`); several, separated by commas, are mixed (section 4.3)
     run:str,                 # run folder to make, or to take up where it stopped
     loss:str='ntxent',       # ntxent (eq. 1), dcl, cluster_aware (eq. 2), elimination or attraction
     clusters:str='',         # file made by marsclr_cluster, for the losses that need one
@@ -174,7 +174,7 @@ def pretrain(
 ) -> Path: # the run folder
     "Pretrain an encoder without labels"
     settings,run = dict(locals()),Path(run)
-    data = concat_packs(*(load_pack(o) for o in pack.split(',')))
+    data = pack if isinstance(pack, Pack) else concat_packs(*(load_pack(o) for o in pack.split(',')))
     groups = load_clusters(clusters, data) if clusters else None
     config = make_config(settings, data, groups)
     with joined(pick_device(device)):

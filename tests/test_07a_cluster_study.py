@@ -2,11 +2,11 @@
 # A function is a section of the notebook. They run in order: a name that another section uses too is global.
 from functools import cache
 from pathlib import Path
-import numpy as np, pandas as pd, torch, torch.nn.functional as F
+import pandas as pd, torch, torch.nn.functional as F
 from matplotlib import pyplot as plt
 from marsclr.cluster_quality import cluster_row, silhouette, stability
 from marsclr.clustering import Clusters, capture_clusters, kmeans, pixel_features, pool_groups, whiten
-from marsclr.core import whole
+from marsclr.core import append_rows
 from marsclr.encoders import create_encoder, encode, load_encoder
 from marsclr.packing import Pack
 from marsclr.texture import load_texture

@@ -3,6 +3,8 @@ from pathlib import Path
 
 import numpy as np, pandas as pd, pytest
 from marsclr import diagnosis
+from marsclr.paper import config_of, key, read_cells
+from marsclr.reproduction import presets
 
 results = Path(__file__).parent.parent/'nbs/results'
 
@@ -21,3 +23,12 @@ def test_the_intervals_hold_the_rates_of_archives_that_the_line_has_not_seen():
     assert len(table) == 7 and table.name.is_unique
     assert ((table.low <= table.rate) & (table.rate <= table.high)).sum() >= 6
     assert table.hold.mean() > .85
+
+
+@pytest.mark.parametrize('path', sorted(o for o in (results/'laptop-msl').glob('*.csv') if o.stem in presets['laptop']['msl']['groups']), ids=lambda o: o.stem)
+def test_the_cells_are_those_of_the_preset_and_there_is_one_row_for_each(path):
+    table, settings = read_cells(path), presets['laptop']['msl']
+    assert set(table.method) <= set(settings['groups'][path.stem]) and set(table.pack) <= set(settings['packs'])
+    assert not table.duplicated(key).any()
+    assert table.config.tolist() == [config_of(o, settings) for o in table.method]
+    assert ((table.low <= table.accuracy) & (table.accuracy <= table.high)).all()
