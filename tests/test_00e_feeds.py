@@ -76,7 +76,7 @@ def test_the_whole_archive():
     fig,axs = plt.subplots(2, 8, figsize=(7, 1.9), dpi=70)
     for ax,o in zip(axs.T.flat, table.iloc[::5].itertuples()):
         ax.imshow(Image.open(tmp/'perseverance'/o.path))
-        ax.set_title(f'{o.camera[:6]} {o.sol}', fontsize=6)
+        ax.set_title(f'{o.camera.split("_")[0]}, sol {o.sol}', fontsize=6)
         ax.set_axis_off()
 
     del os.environ['MARSCLR_MIRROR']

@@ -46,12 +46,11 @@ def test_what_was_asked_for():
 
 
 def test_the_command():
-    os.environ['MARSCLR_DATA'] = str(tmp)
     for rover in feeds:
         with rover_stand_in(rover, [10, 11], each=6, share=.1) as server:
             os.environ['MARSCLR_MIRROR'] = server.url
-            marsclr_fetch([rover, '--sols', '10-11', '--rate', '1000', '--wait', '.01', '--patience', '.3'])
-    marsclr_pack(['rovers', str(tmp/'rovers.pack'), '--size', '32'])
+            marsclr_fetch([rover, '--to', str(tmp/rover), '--sols', '10-11', '--rate', '1000', '--wait', '.01', '--patience', '.3'])
+    marsclr_pack(['rovers', str(tmp/'rovers.pack'), '--root', str(tmp), '--size', '32'])
     test_eq(read_json(tmp/'rovers.pack'/'pack.json')['images'], 24)
 
     fails = {'mars': 'is not known', 'curiosity': 'needs --sols', 'curiosity --sols 1 --size small': 'full only', 'msl --sols 1': 'means nothing for msl',
@@ -62,5 +61,5 @@ def test_the_command():
     with expect_fail(SystemExit, 'no connection to 127.0.0.1:9'): marsclr_fetch(['perseverance', '--sols', '1', '--wait', '.1', '--to', str(tmp/'new')])
     assert not (tmp/'new').exists()
 
-    del os.environ['MARSCLR_MIRROR'], os.environ['MARSCLR_DATA']
+    del os.environ['MARSCLR_MIRROR']
     shutil.rmtree(tmp)
