@@ -43,7 +43,7 @@ def test_one_figure():
     rows = (tmp/'tiny/table.csv').read_text().splitlines(keepends=True)
     (tmp/'tiny/table.csv').write_text(''.join(rows[:-1]))
     before = (tmp/'tiny/eq1-seed42/encoder.safetensors').stat().st_mtime
-    again = reproduce('marsyard', tmp/'tiny', tiny, n=400)
+    with capture_output(): again = reproduce('marsyard', tmp/'tiny', tiny, n=400)
     test_eq((tmp/'tiny/eq1-seed42/encoder.safetensors').stat().st_mtime, before)
     test_eq(again.drop(columns='seconds'), table.drop(columns='seconds'))
     pd.read_csv(tmp/'tiny/clusters-seed42.csv').round(3)
@@ -51,7 +51,7 @@ def test_one_figure():
 
 def test_which_clusters():
     small = dict(size=48, pretrain=dict(tiny['pretrain']), texture=dict(k=8, epochs=1, image_size=32, backbone='resnet10t'), ks=[3, 10], seeds=[42, 43])
-    clusterings = study('marsyard', tmp/'study', small, n=400)
+    with capture_output(): clusterings = study('marsyard', tmp/'study', small, n=400)
     test_eq(set(clusterings.pack), {'pool', 'MarsYard'})
     k_rule(clusterings).round(2).head(3)
 
