@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['fit_logistic', 'fit_layers', 'ProbeResult', 'recall_of', 'check_probe', 'probe', 'load_projection', 'marsclr_probe']
 
-# %% ../nbs/06_linear_evaluation.ipynb #c25f202c
+# %% ../nbs/06_linear_evaluation.ipynb #b547fc8b
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,7 @@ from sklearn.preprocessing import StandardScaler
 from torch import nn
 from torch.utils.data import TensorDataset
 from .core import MarsclrError, command, one_line, read_json, whole, write_json
-from .encoders import ContrastiveModel, create_encoder, encode, load_encoder, pick_device, projection_head
+from .encoders import ContrastiveModel, Stages, create_encoder, encode, load_encoder, pick_device, projection_head
 from .packing import Pack, load_pack
 from .processes import joined, rank
 from .runs import load_checkpoint
@@ -152,7 +152,7 @@ def probe(
     else: predict,setting = fit_layers(x, y, 128 if kind == 'dense128' else 0, seed=seed)
     return ProbeResult(y['test'], predict(x['test']), classes, setting, float((predict(x['val']) == y['val']).mean()))
 
-# %% ../nbs/06_linear_evaluation.ipynb #de2575fb
+# %% ../nbs/06_linear_evaluation.ipynb #ea8cb559
 def load_projection(
     run, # a run folder
 ) -> ContrastiveModel: # encoder and head, images to projections
@@ -171,6 +171,7 @@ def marsclr_probe(
     to:str='',            # folder for the results, RUN/probe-PACK by default
     kind:str='logistic',  # logistic, linear (one layer, Adam), dense128 (a hidden layer of 128) or projection (logistic on the projections)
     size:int=0,           # side of the images, that of the pack by default
+    stages:bool=False,    # probe means and deviations of all stages' maps, not the pooled output of the last
     backbone:str='resnet18', # for `random`: timm name
     seed:int=42,
 ):
@@ -180,22 +181,22 @@ def marsclr_probe(
     check_probe(data.table, 'logistic' if kind == 'projection' else kind)
     if size < 0: raise MarsclrError(f'--size {size}: give a number of pixels, or 0 for that of the pack')
     if run == 'random' and kind == 'projection': raise MarsclrError('--kind projection: random weights have no projection head; give a run')
+    if stages and kind == 'projection': raise MarsclrError('--stages and --kind projection exclude each other: a projection has no stages')
     if run == 'random' and to.parts[0] == 'random': raise MarsclrError('random weights have no run folder: give --to')
     if to.exists(): raise MarsclrError(f'{to} exists: remove it or give another folder with --to')
     torch.manual_seed(seed)
     encoder = create_encoder(backbone) if run == 'random' else load_projection(run) if kind == 'projection' else load_encoder(run)
+    if stages: encoder = Stages(encoder)
     with joined(pick_device()):
         features = encode(encoder, data, size or None, progress=True)
         if rank(): return
     result = probe(features, data.table, data.classes, 'logistic' if kind == 'projection' else kind, seed)
     with whole(to) as tmp:
         tmp.mkdir()
-        write_json(tmp/'summary.json', dict(run=run, pack=data.name, kind=kind, size=size or data.size, **result.summary()))
+        write_json(tmp/'summary.json', dict(run=run, pack=data.name, kind=kind, stages=stages, size=size or data.size, **result.summary()))
         result.per_class().to_csv(tmp/'per_class.csv')
         pd.DataFrame(dict(path=data.table.path[(data.table.split == 'test') & (data.table.label >= 0)], truth=result.truth, predicted=result.predicted)).to_csv(tmp/'predictions.csv', index=False)
         result.show().savefig(tmp/'confusion.png')
     s = result.summary()
-    print(f"{data.name}, {kind} probe of {run}: accuracy {s['accuracy']:.1%} ({s['low']:.1%} to {s['high']:.1%}, {s['images']} test images), "
+    print(f"{data.name}, {kind} probe of {'all stages of ' if stages else ''}{run}: accuracy {s['accuracy']:.1%} ({s['low']:.1%} to {s['high']:.1%}, {s['images']} test images), "
           f"balanced {s['balanced_accuracy']:.1%}, macro F1 {s['macro_f1']:.1%}; {to}")
-
-

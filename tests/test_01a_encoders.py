@@ -54,6 +54,17 @@ def test_a_backbone_by_its_timm_name():
     pd.Series(millions, name='million parameters').round(1)
 
 
+def test_features_of_every_stage():
+    stages = Stages(encoder.eval())
+    test_eq(stages.num_features, 2*(64+128+256+512))
+    with torch.no_grad():
+        test_close(stages(images)[:, -1024:-512], encoder(images), eps=1e-4)
+        test_eq(stages(images).shape, (4, 1920))
+        test_eq(Stages(encoder, ['layer3'], spread=False)(images).shape, (4, 256))
+    with expect_fail(MarsclrError, "stage 'layer9' is not known: choose from act1 layer1"): Stages(encoder, ['layer9'])
+    with expect_fail(MarsclrError, 'Sequential cannot be taken apart'): Stages(nn.Sequential())
+
+
 def test_the_projection_head():
     test_eq(projection_head(512)(torch.randn(4, 512)).shape, (4, 128))
     test_eq([sum(isinstance(o, nn.Linear) for o in projection_head(512, n)) for n in (1, 2, 3)], [1, 2, 3])

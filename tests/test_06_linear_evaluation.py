@@ -16,7 +16,7 @@ from sklearn.preprocessing import StandardScaler
 from torch import nn
 from torch.utils.data import TensorDataset
 from marsclr.core import MarsclrError, command, one_line, read_json, whole, write_json
-from marsclr.encoders import ContrastiveModel, create_encoder, encode, load_encoder, pick_device, projection_head
+from marsclr.encoders import ContrastiveModel, Stages, create_encoder, encode, load_encoder, pick_device, projection_head
 from marsclr.packing import Pack, load_pack
 from marsclr.processes import joined, rank
 from marsclr.runs import load_checkpoint
@@ -73,6 +73,8 @@ def test_from_the_command_line():
     marsclr_probe(['random', f'{tmp}/pack', '--to', f'{tmp}/probe', '--seed', '0'])
     test_eq(sorted(o.name for o in (tmp/'probe').iterdir()), ['confusion.png', 'per_class.csv', 'predictions.csv', 'summary.json'])
     test_close(read_json(tmp/'probe/summary.json')['accuracy'], result.accuracy, eps=.02)
+    marsclr_probe(['random', f'{tmp}/pack', '--to', f'{tmp}/stages', '--seed', '0', '--stages'])
+    test_eq(read_json(tmp/'stages/summary.json')['stages'], True)
     with expect_fail(SystemExit, 'holds no encoder'): marsclr_probe([f'{tmp}/nowhere', f'{tmp}/pack'])
     with expect_fail(SystemExit, 'is not a pack'): marsclr_probe(['random', f'{tmp}/nowhere', '--to', f'{tmp}/p'])
     plt.close('all')
