@@ -106,20 +106,20 @@ def mosaic(
         tile[edge:-edge,edge:-edge] = image[0].permute(1, 2, 0).round().byte().numpy()
     return canvas
 
-# %% ../nbs/07e_map.ipynb #60772641
+# %% ../nbs/07e_map.ipynb #5879f48e
 def map_figure(
     table:pd.DataFrame, # what `map_table` made of the pack
     pack:Pack,
     across:int=25,      # thumbnails
     nearest:int=4,      # images of each cluster in the strip below
-    width=7,            # inches
+    width=7,            # inches, or a little less: a thumbnail has whole pixels
     dpi:int=220,
 ):
     "A map of thumbnails, and below it the most central images of each cluster"
     above,below,px = map_seats(table, across),strip_seats(table, across, nearest),int(width*dpi/across)
     top,in_a_row = above.row.max()+2,across//(nearest+1)
     canvas = mosaic(pack, pd.concat([above, below.assign(row=below.row+top)]), cluster_colours(table.cluster.max()+1)[table.cluster], px)
-    fig = plt.figure(figsize=(width, width*canvas.shape[0]/canvas.shape[1]), dpi=dpi)
+    fig = plt.figure(figsize=np.array(canvas.shape[1::-1])/dpi, dpi=dpi)
     ax = fig.add_axes([0, 0, 1, 1], xlim=(0, canvas.shape[1]/px), ylim=(canvas.shape[0]/px, 0))
     ax.imshow(canvas, extent=(*ax.get_xlim(), *ax.get_ylim()))
     ax.set_axis_off()

@@ -45,14 +45,14 @@ presets = dict(
                                    pretrain=dict(yard, backbone='resnet10t', image_size=32, epochs=10, crop_min=.08, crop_max=.6), train_seeds=[42, 43, 44])),
     references=dict(msl=dict(size=128)))
 
-# %% ../nbs/08_reproduction.ipynb #84900ffc
-cells = dict(groups=groups, labels=[1, 5, 10, 20, 50, 100], draws=10, packs=['MSL v2.1', 'HiRISE v3.2 subset'], k={'pixels + capture': 14, 'eq. 1 features': 3, 'texture': 150})
+# %% ../nbs/08_reproduction.ipynb #312d63c7
+cells = dict(groups={k: v for k,v in groups.items() if k != 'ablations'}, labels=[1, 5, 10, 20, 50, 100], draws=10, packs=['MSL v2.1', 'HiRISE v3.2 subset'], k={'pixels + capture': 14, 'eq. 1 features': 3, 'texture': 150})
 
 presets |= dict(
     laptop=dict(
         marsyard=dict(cells, size=96, pretrain=yard, packs=['MarsYard'], k={}, natural=600, images=600, draws=2, pool_images=2500, images_per_s=200, probe_s=10,
                       groups=dict(fig3={o: [42, 43] for o in ('random weights', 'eq. 1', 'DCL', 'mixed-domain', 'eq. 2, true classes')}, table2={'natural only': [42]}, fig8={'eq. 1': [42]})),
-        msl=dict(cells, size=192, pretrain=laptop, supervised=dict(epochs=15), texture=dict(k=150, epochs=12, embed_size=128), natural=2000, images=2000, pool_images=7373, images_per_s=100, probe_s=60)),
+        msl=dict(cells, groups=groups, size=192, pretrain=laptop, supervised=dict(epochs=15), texture=dict(k=150, epochs=12, embed_size=128), natural=2000, images=2000, pool_images=7373, images_per_s=100, probe_s=60)),
     gpu=dict(msl=dict(cells, size=192, pretrain=dict(laptop, epochs=40, batch_size=128, image_size=96), supervised=dict(epochs=40, batch_size=128), texture=dict(k=150, epochs=100),
                       natural=2000, images=2000, pool_images=7373, images_per_s=5000, probe_s=2)),
     paper=dict(msl=dict(cells, size=256, pretrain=dict(backbone='resnet50'), supervised=dict(backbone='resnet50', image_size=224, epochs=100, batch_size=128, lr=3e-4),
