@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['groups', 'key', 'paper_says', 'grid', 'config_of', 'draw_labels', 'run_facts', 'read_cells', 'missing', 'price',
-           'half_width', 'pm', 'less', 'summary', 'method_figure', 'labels_figure', 'pool_rates', 'draw_tables']
+           'half_width', 'pm', 'less', 'summary', 'method_figure', 'labels_figure', 'changes', 'ablation_figure',
+           'pool_rates', 'draw_tables']
 
-# %% ../nbs/07d_paper.ipynb #1614e9a8
+# %% ../nbs/07d_paper.ipynb #c2a8b0b1
 import hashlib, json, time
 from pathlib import Path
 
@@ -18,9 +19,9 @@ from .core import MarsclrError, append_rows, data_root, read_json, whole
 from .encoders import create_encoder
 from .false_negatives import false_negative_rate, simulate
 from .linear_evaluation import probe
-from .methods import Lab, commit, recipe_of, run_name
+from .methods import Lab, commit, encoder_of, recipe_of, run_name
 
-# %% ../nbs/07d_paper.ipynb #60103d63
+# %% ../nbs/07d_paper.ipynb #4127f556
 _three,_two = [42, 43, 44],[42, 43]
 
 groups = dict(
@@ -28,11 +29,15 @@ groups = dict(
           'random weights': _three, 'eq. 1': _three, 'DCL': _three, 'eq. 2, pixels + capture': _three, 'eq. 2, eq. 1 features': _three, 'supervised from scratch': _two},
     table2={'Curiosity only': _two, 'natural only': _two, 'half and half': _two},
     fig4={'eq. 1': [42], 'eq. 2, pixels + capture': [42], 'random weights': [42]},
-    fig5={f'eq. 2, pixels + capture, K={k}': [42] for k in (5, 50, 150, 300, 1000)})
+    fig5={f'eq. 2, pixels + capture, K={k}': [42] for k in (5, 50, 150, 300, 1000)},
+    fig8={'eq. 1': [42]},
+    ablations={'eq. 1': [42], **{f'eq. 1, {o}': [42] for o in (
+        'temperature=0.1', 'temperature=0.5', 'crop_max=1', 'colour_strength=0', 'colour_strength=1', 'batch_size=128', 'epochs=24', 'image_size=96', 'projection_layers=1',
+        'layer=layer2', 'layer=layer3')}})
 
 key = ['method', 'seed', 'pack', 'labels', 'draw']
 
-# %% ../nbs/07d_paper.ipynb #9a02c825
+# %% ../nbs/07d_paper.ipynb #63df6156
 def grid(
     settings:dict, # of a preset: `groups`, `labels` (percentages), `draws`, and what `Lab` needs
     only,          # names of groups
@@ -44,7 +49,7 @@ def grid(
         if group not in settings['groups']: raise MarsclrError(f'--only {group!r} is not known: choose from {" ".join(settings["groups"])}')
         parts = [(o, d) for o in settings['labels'] for d in range(settings['draws'] if o < 100 else 1)] if group == 'fig4' else [(100, 0)]
         for method,seeds in settings['groups'][group].items():
-            rows += [dict(group=group, method=method, seed=s, pack=p, labels=o, draw=d, config=config_of(method, settings)) for s in seeds for p in packs for o,d in parts]
+            rows += [dict(group=group, method=method, seed=s, pack=p, labels=o, draw=d, config=config_of(method, settings)) for s in seeds for p in (packs if group != 'fig8' else ['pool']) for o,d in parts]
     return pd.DataFrame(rows)
 
 def config_of(
@@ -52,10 +57,10 @@ def config_of(
     settings:dict, # of a preset
 ) -> str: # the letter c and seven hexadecimal digits
     "A short name for all settings that a method's numbers depend on"
-    r = dict(recipe_of(method), size=settings['size'])
-    if method == 'supervised from scratch': r['supervised'] = settings['supervised']
-    elif method == 'random weights': r['backbone'] = settings['pretrain']['backbone']
-    else: r['pretrain'] = settings['pretrain']
+    r,encoder = dict(recipe_of(method), size=settings['size']),encoder_of(method)
+    if encoder == 'supervised from scratch': r['supervised'] = settings['supervised']
+    elif encoder == 'random weights': r['backbone'] = settings['pretrain']['backbone']
+    else: r['pretrain'] = settings['pretrain'] | r.get('pretrain', {})
     if 'clusters' in r: r.setdefault('k', settings['k'].get(r['clusters']))
     if r.get('clusters') == 'texture': r['texture'] = settings['texture']
     if 'pool' in r: r['mixed'] = settings['natural'],settings['images']
@@ -135,19 +140,24 @@ def run(self:Lab,
         append_rows(path, [row])
         print(f"{cell['group']}, {row['method']}, seed {row['seed']}, {row['labels']} % of the labels, draw {row['draw']}, {row['pack']}: {row['accuracy']:.1%} (val {row['val_accuracy']:.1%})", flush=True)
 
-# %% ../nbs/07d_paper.ipynb #a84584e7
+# %% ../nbs/07d_paper.ipynb #24b9d10b
 def price(
     cells:pd.DataFrame, # what is missing
     settings:dict,      # of a preset: `pool_images`, `images_per_s`, `probe_s`
     to,                 # folder of the runs: encoders that are there cost nothing
 ) -> pd.DataFrame: # one row a group and method: cells, encoders to train, minutes
     "What the missing cells will take, roughly"
-    own = cells.assign(folder=[run_name(m, *([p.split()[0].lower()] if m == 'supervised from scratch' else []), f'seed{s}') for m,s,p in zip(cells.method, cells.seed, cells['pack'])])
-    rows = []
+    def minutes(method, cells, encoders):
+        base = dict(epochs=400, image_size=224) | settings['pretrain']
+        s = base | recipe_of(method).get('pretrain', {})
+        each = s['epochs']*settings['pool_images']/settings['images_per_s']*(s['image_size']/base['image_size'])**2
+        return round((encoders*each + cells*settings['probe_s'])/60)
+    own = cells.assign(folder=[run_name(encoder_of(m), *([p.split()[0].lower()] if m == 'supervised from scratch' else []), f'seed{s}') for m,s,p in zip(cells.method, cells.seed, cells['pack'])])
+    rows,priced = [],set()
     for (group,method),g in own.groupby(['group', 'method'], sort=False):
-        encoders = sum(not (Path(to)/o/'encoder.safetensors').exists() for o in set(g.folder)) if method != 'random weights' else 0
-        train = encoders*settings['pretrain'].get('epochs', 400)*settings['pool_images']/settings['images_per_s']
-        rows.append(dict(group=group, method=method, cells=len(g), encoders=encoders, minutes=round((train + len(g)*settings['probe_s'])/60)))
+        new = {o for o in g.folder if encoder_of(method) != 'random weights' and not (Path(to)/o/'encoder.safetensors').exists()} - priced
+        rows.append(dict(group=group, method=method, cells=len(g), encoders=len(new), minutes=minutes(method, len(g), len(new))))
+        priced |= new
     return pd.DataFrame(rows, columns=['group', 'method', 'cells', 'encoders', 'minutes'])
 
 # %% ../nbs/07d_paper.ipynb #3cc5f538
@@ -229,6 +239,36 @@ def labels_figure(
     axs[0,0].legend(fontsize=7)
     return fig
 
+# %% ../nbs/07d_paper.ipynb #cbe85f29
+def changes(
+    table:pd.DataFrame, # cells of one pack and share of labels
+    over='eq. 1',       # the method to compare with
+) -> pd.DataFrame: # in % and points, means over seeds
+    "What each method has on val and on test, and what it gains there"
+    columns = dict(val='val_accuracy', test='accuracy')
+    means = table.groupby('method', sort=False)[[*columns.values()]].mean()*100
+    parts = {k: v for name,c in columns.items() for k,v in {name: means[c], f'{name}, less {over}': less(table, over, c)['mean'].astype(float)}.items()}
+    return pd.DataFrame(parts, index=means.index).round(1)
+
+def ablation_figure(
+    table:pd.DataFrame, # cells of all labels
+    over='eq. 1',       # what the others change
+):
+    "What each change gains on val (hollow) and on test (filled)"
+    packs = list(dict.fromkeys(table.pack))
+    order = changes(table[table.pack == packs[0]], over).drop(over).sort_values(f'val, less {over}').index.tolist()
+    fig,axs = plt.subplots(1, len(packs), figsize=(2.4+2.4*len(packs), .9+.24*len(order)), dpi=80, sharey=True, squeeze=False, layout='constrained')
+    for ax,name in zip(axs[0], packs):
+        t = table[table.pack == name]
+        d,one = changes(t, over).reindex(order),t[t.method == over]
+        ax.axvspan(*(np.array([-50, 50])*(one.high-one.low).mean()), color='tab:orange', alpha=.2, lw=0)
+        ax.axvline(0, ls=':', color='grey')
+        ax.plot(d[f'val, less {over}'], range(len(d)), 'o', mfc='white', color='tab:blue', ms=5)
+        ax.plot(d[f'test, less {over}'], range(len(d)), '.', color='black', ms=8)
+        ax.set(title=name, xlabel=f'less {over}, points', yticks=range(len(d)), yticklabels=[o.removeprefix(f'{over}, ') for o in order])
+        ax.title.set_size(9)
+    return fig
+
 # %% ../nbs/07d_paper.ipynb #1e7b7a99
 def pool_rates(
     lab:Lab,
@@ -245,7 +285,7 @@ def pool_rates(
                        simulated=drawn.mean(), error=drawn.std()/len(drawn)**.5)
     return pd.DataFrame(rows).T.rename_axis('method').reset_index()
 
-# %% ../nbs/07d_paper.ipynb #28bcefba
+# %% ../nbs/07d_paper.ipynb #daaa1728
 paper_says = {'MSL v2.1': {'eq. 1': 75.60, 'mixed-domain': 77.31, 'Curiosity only': 75.60, 'natural only': 76.54, 'half and half': 77.31},
               'HiRISE v3.2 subset': {'eq. 1': 89.70, 'mixed-domain': 90.53, 'Curiosity only': 89.70, 'natural only': 91.89, 'half and half': 90.53}}
 
@@ -254,11 +294,11 @@ def draw_tables(
     only,    # names of groups
 ) -> str: # the files
     "Print and draw what the cells that are there say"
-    made = []
+    made,figures = [],dict(fig4=labels_figure, ablations=ablation_figure)
     for path in (lab.to/f'{o}.csv' for o in only):
         table,group = read_cells(path),path.stem
-        for name,t in table[table.labels == 100].groupby('pack', sort=False): print(f'{group}, {name}\n{summary(t).to_string()}')
-        fig = labels_figure(table) if group == 'fig4' else method_figure(table, paper_says)
+        for name,t in table[table.labels == 100].groupby('pack', sort=False): print(f'{group}, {name}\n{(changes if group == "ablations" else summary)(t).to_string()}')
+        fig = figures[group](table) if group in figures else method_figure(table, paper_says)
         with whole(path.with_suffix('.png')) as p: fig.savefig(p, format='png')
         plt.close(fig)
         made += [path, path.with_suffix('.png')]

@@ -6,7 +6,7 @@
 __all__ = ['laptop', 'yard', 'presets', 'cells', 'open_folder', 'make_packs', 'make_encoders', 'report_clusters', 'probe_all',
            'accuracy_figure', 'reproduce', 'study', 'reference_archives', 'marsclr_reproduce']
 
-# %% ../nbs/08_reproduction.ipynb #25377400
+# %% ../nbs/08_reproduction.ipynb #a04588ac
 import shutil, time
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from .encoders import create_encoder, encode, load_encoder
 from .diagnosis import judge, references
 from .homogeneity import curve, curve_figure, gains, leaves_pack, yard_pack
 from .linear_evaluation import probe
+from .maps import draw_maps
 from .marsyard import write_marsyard
 from .methods import Lab, recipe_of
 from .packing import Pack, load_pack, pack_archive
@@ -44,14 +45,14 @@ presets = dict(
                                    pretrain=dict(yard, backbone='resnet10t', image_size=32, epochs=10, crop_min=.08, crop_max=.6), train_seeds=[42, 43, 44])),
     references=dict(msl=dict(size=128)))
 
-# %% ../nbs/08_reproduction.ipynb #406af90a
-cells = dict(groups=groups, labels=[1, 5, 10, 20, 50, 100], draws=10, packs=['MSL v2.1', 'HiRISE v3.2 subset'], k={'pixels + capture': 14, 'eq. 1 features': 3, 'texture': 150})
+# %% ../nbs/08_reproduction.ipynb #312d63c7
+cells = dict(groups={k: v for k,v in groups.items() if k != 'ablations'}, labels=[1, 5, 10, 20, 50, 100], draws=10, packs=['MSL v2.1', 'HiRISE v3.2 subset'], k={'pixels + capture': 14, 'eq. 1 features': 3, 'texture': 150})
 
 presets |= dict(
     laptop=dict(
         marsyard=dict(cells, size=96, pretrain=yard, packs=['MarsYard'], k={}, natural=600, images=600, draws=2, pool_images=2500, images_per_s=200, probe_s=10,
-                      groups=dict(fig3={o: [42, 43] for o in ('random weights', 'eq. 1', 'DCL', 'mixed-domain', 'eq. 2, true classes')}, table2={'natural only': [42]})),
-        msl=dict(cells, size=192, pretrain=laptop, supervised=dict(epochs=15), texture=dict(k=150, epochs=12, embed_size=128), natural=2000, images=2000, pool_images=7373, images_per_s=100, probe_s=60)),
+                      groups=dict(fig3={o: [42, 43] for o in ('random weights', 'eq. 1', 'DCL', 'mixed-domain', 'eq. 2, true classes')}, table2={'natural only': [42]}, fig8={'eq. 1': [42]})),
+        msl=dict(cells, groups=groups, size=192, pretrain=laptop, supervised=dict(epochs=15), texture=dict(k=150, epochs=12, embed_size=128), natural=2000, images=2000, pool_images=7373, images_per_s=100, probe_s=60)),
     gpu=dict(msl=dict(cells, size=192, pretrain=dict(laptop, epochs=40, batch_size=128, image_size=96), supervised=dict(epochs=40, batch_size=128), texture=dict(k=150, epochs=100),
                       natural=2000, images=2000, pool_images=7373, images_per_s=5000, probe_s=2)),
     paper=dict(msl=dict(cells, size=256, pretrain=dict(backbone='resnet50'), supervised=dict(backbone='resnet50', image_size=224, epochs=100, batch_size=128, lr=3e-4),
@@ -252,11 +253,12 @@ def _homogeneity(data, to, settings, seed):
     print(gains(table).round(2).to_string(index=False))
     return f'{to}/curve.csv {to}/curve.png'
 
-# %% ../nbs/08_reproduction.ipynb #16ee17fa
+# %% ../nbs/08_reproduction.ipynb #c19ca50a
 def _left(asked, to, known):
     "The cells that are neither in the folder's tables nor, where it has none, in the known ones"
-    def table(name): return read_cells(Path(known)/f'{name}.csv' if known and not (to/f'{name}.csv').exists() else to/f'{name}.csv')
-    return pd.concat([missing(g, table(name)) for name,g in asked.groupby('group', sort=False)])
+    def file(name): return Path(known)/f'{name}.csv' if known and not (to/f'{name}.csv').exists() else to/f'{name}.csv'
+    def left(name, cells): return cells[:0] if name == 'fig8' and file(name).exists() else missing(cells, read_cells(file(name)))
+    return pd.concat([left(*o) for o in asked.groupby('group', sort=False)])
 
 def _cells(data, to, settings, only='', known='', dry_run=False, **kwargs):
     if known and not Path(known).is_dir(): raise MarsclrError(f'--known {known} is not a folder: give one with tables of cells, as nbs/results/laptop-msl')
@@ -272,10 +274,10 @@ def _cells(data, to, settings, only='', known='', dry_run=False, **kwargs):
         if path.exists() and not (to/path.name).exists():
             with whole(to/path.name) as p: shutil.copy(path, p)
     lab = Lab(packs, to, settings)
-    lab.run(left)
-    return draw_tables(lab, asked.group.unique())
+    lab.run(left[left.group != 'fig8'])
+    return ' '.join(draw_maps(lab, g.method.iloc[0], int(g.seed.iloc[0])) if name == 'fig8' else draw_tables(lab, [name]) for name,g in asked.groupby('group', sort=False))
 
-# %% ../nbs/08_reproduction.ipynb #c27a09b0
+# %% ../nbs/08_reproduction.ipynb #3f6e7e03
 _chains = dict(smoke=_smoke, clusters=_clusters, homogeneity=_homogeneity, references=_references)
 
 @command
@@ -284,7 +286,7 @@ def marsclr_reproduce(
     data:str='marsyard', # marsyard: no data needed; msl: the archives under $MARSCLR_DATA
     to:str='',           # folder for everything that is made; runs/PRESET-DATA by default
     seed:int=42,         # for smoke; the other presets have their own
-    only:str='',         # for cells: fig3, table2, fig4, fig5, several separated by commas; all by default
+    only:str='',         # for cells: fig3, table2, fig4, fig5, fig8, ablations, several separated by commas; all by default
     known:str='',        # for cells: folder with tables whose rows need not be run again
     dry_run:bool=False,  # for cells: print what is missing and what it will take, and stop
 ):

@@ -3,7 +3,7 @@
 import subprocess, time
 from dataclasses import dataclass
 from functools import cache, partial
-from inspect import getfile
+from inspect import getfile, signature
 from pathlib import Path
 import numpy as np, torch
 from fastai.callback.core import Callback, CancelValidException
@@ -33,7 +33,11 @@ from marsclr.methods import *
 def test_recipes():
     test_eq(recipe_of('eq. 1'), {})
     test_eq(recipe_of('eq. 2, pixels + capture, K=50'), dict(loss='cluster_aware', clusters='pixels + capture', k=50))
-    with expect_fail(MarsclrError, "method 'SwAV' is not known"): recipe_of('SwAV')
+    test_eq(recipe_of('DCL, temperature=0.5, epochs=24, layer=layer3'), dict(loss='dcl', layer='layer3', pretrain=dict(temperature=.5, epochs=24)))
+    test_eq(encoder_of('DCL, layer=layer3, epochs=24'), 'DCL, epochs=24')
+    for bad,why in {'SwAV': "method 'SwAV' is not known", 'eq. 1, depth=18': 'choose from image_size epochs batch_size', 'eq. 1, epochs=2.5': 'not of type int', 'eq. 1, K=5': 'leave K out',
+                    'random weights, epochs=2': 'leave epochs out'}.items():
+        with expect_fail(MarsclrError, why): recipe_of(bad)
 
 
 def test_the_pools():
@@ -64,6 +68,12 @@ def test_supervised_from_scratch():
 
 
 def test_from_a_method_to_an_encoder():
+    encoder,images = create_encoder('resnet18').eval(),torch.rand(2, 3, 64, 64)
+    with torch.no_grad(): out = {o: Stage(encoder, o)(images) for o in ('layer2', 'layer3', 'layer4')}
+    test_eq([o.shape[1] for o in out.values()], [128, 256, 512])
+    test_close(out['layer4'], encoder(images), eps=1e-5)
+    with expect_fail(MarsclrError, "layer 'layer9' is not known: choose from act1 layer1"): Stage(encoder, 'layer9')
+
     kinds = 'random weights', 'eq. 1', 'DCL', 'half and half', 'eq. 2, pixels + capture', 'attraction, pixels + capture', 'eq. 2, true classes'
     with capture_output(): made = {o: lab.train(o, 42, yard) for o in kinds}
     config = {o: read_json(r/'config.json') for o,r in made.items() if r}
@@ -81,4 +91,11 @@ def test_from_a_method_to_an_encoder():
     with capture_output(): x,run = lab.features('DCL', 42, yard)
     test_eq((x.shape, run), ((160, 512), made['DCL']))
     test_eq(lab.features('random weights', 42, yard)[0], lab.features('random weights', 42, yard)[0])
+
+    with capture_output(): run = lab.train('DCL, temperature=0.2, epochs=2', 42)
+    a,b = (read_json(o/'config.json') for o in (made['DCL'], run))
+    test_eq({k: (a[k], b[k]) for k in a if a[k] != b[k]}, dict(temperature=(.5, .2), epochs=(1, 2)))
+    with capture_output(): x,run = lab.features('DCL, layer=layer3', 42, yard)
+    test_eq((x.shape, run), ((160, 256), made['DCL']))
+    assert not list(tmp.glob('*layer*'))
     shutil.rmtree(tmp)

@@ -10,7 +10,7 @@ from marsclr.core import MarsclrError, append_rows, data_root, read_json, whole
 from marsclr.encoders import create_encoder
 from marsclr.false_negatives import false_negative_rate, simulate
 from marsclr.linear_evaluation import probe
-from marsclr.methods import Lab, commit, recipe_of, run_name
+from marsclr.methods import Lab, commit, encoder_of, recipe_of, run_name
 import shutil, tempfile
 from fastcore.test import *
 from IPython.utils.capture import capture_output
@@ -26,6 +26,8 @@ def test_the_groups():
     cells = grid(settings, ['fig3', 'fig4'], ['MarsYard'])
     test_eq(len(cells), 3*2 + 2 + 1)
     test_ne(config_of('eq. 1', settings), config_of('eq. 1', dict(settings, pretrain=dict(tiny, epochs=2))))
+    test_eq(config_of('eq. 1, epochs=2', settings), config_of('eq. 1', dict(settings, pretrain=dict(tiny, epochs=2))))
+    test_eq(len({config_of(o, settings) for o in groups['ablations']}), len(groups['ablations']))
     test_eq(config_of('random weights', settings), config_of('random weights', dict(settings, pretrain=dict(tiny, epochs=2))))
     with expect_fail(MarsclrError, "--only 'fig9' is not known"): grid(settings, ['fig9'], ['MarsYard'])
     cells
@@ -81,6 +83,10 @@ def test_what_it_will_cost():
     test_eq(bill.encoders.tolist(), [0, 0, 0, 1])
     bill
 
+    asked = grid(dict(costs, groups=dict(ablations={f'eq. 1{o}': [42] for o in ('', ', epochs=3', ', image_size=64', ', layer=layer3')})), ['ablations'], ['MarsYard'])
+    test_eq(price(asked, costs, tmp/'elsewhere').encoders.tolist(), [1, 1, 1, 0])
+    test_eq(price(asked, dict(costs, images_per_s=.01, probe_s=0), tmp/'elsewhere').minutes.tolist(), [160, 480, 640, 0])
+
 
 def test_seeds_and_test_images():
     test_close(half_width([64., 66.]), 12.706, eps=1e-3)
@@ -90,11 +96,24 @@ def test_seeds_and_test_images():
     summary(two)
 
 
-def test_table_2s_other_column():
+def test_pictures():
     method_figure(table, dict(MarsYard={'eq. 1': 30}));
 
     labels_figure(read_cells(tmp/'fig4.csv'));
 
+    few = dict(settings, groups=dict(ablations={f'eq. 1{o}': [42] for o in ('', ', temperature=0.5', ', epochs=2', ', layer=layer3')}))
+    with capture_output(): lab.run(grid(few, ['ablations'], ['MarsYard']))
+    ablations = read_cells(tmp/'ablations.csv')
+    test_eq(ablations.epochs.tolist(), [1, 1, 2, 1])
+    test_eq(ablations.config.nunique(), 4)
+    test_eq(len(list(tmp.glob('eq1*seed42'))), 3)
+    ablation_figure(ablations)
+    c = changes(ablations)
+    test_close(c.loc['eq. 1, epochs=2', 'test, less eq. 1'], (ablations.accuracy[2]-ablations.accuracy[0])*100, eps=.051)
+    c
+
+
+def test_table_2s_other_column():
     lab.packs['natural'].table['label'] = 0
     rates = pool_rates(lab, ['natural only', 'half and half'], 42).set_index('method')
     test_close(rates.formula['natural only'], 2*15/31, eps=1e-9)
@@ -104,8 +123,8 @@ def test_table_2s_other_column():
 
 
 def test_all_at_once():
-    with capture_output() as out: draw_tables(lab, ['fig3'])
-    assert 'fig3, MarsYard' in out.stdout and 'less DCL' in out.stdout
+    with capture_output() as out: draw_tables(lab, ['fig3', 'ablations'])
+    assert 'fig3, MarsYard' in out.stdout and 'less DCL' in out.stdout and 'val, less eq. 1' in out.stdout
     test_eq((tmp/'fig3.png').read_bytes()[1:4], b'PNG')
 
     shutil.rmtree(tmp)

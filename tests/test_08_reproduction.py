@@ -13,6 +13,7 @@ from marsclr.encoders import create_encoder, encode, load_encoder
 from marsclr.diagnosis import judge, references
 from marsclr.homogeneity import curve, curve_figure, gains, leaves_pack, yard_pack
 from marsclr.linear_evaluation import probe
+from marsclr.maps import draw_maps
 from marsclr.marsyard import write_marsyard
 from marsclr.methods import Lab, recipe_of
 from marsclr.packing import Pack, load_pack, pack_archive
@@ -64,10 +65,11 @@ def test_from_the_command_line():
     with expect_fail(MarsclrError, 'another configuration (pretrain epochs is 2 there, 3 here)'):
         reproduce('marsyard', tmp/'tiny', dict(tiny, pretrain=dict(tiny['pretrain'], epochs=3)), n=400)
 
-    few = dict(presets['laptop']['marsyard'], size=48, pretrain=dict(tiny['pretrain'], epochs=1), natural=40, images=40, groups=dict(fig3={'random weights': [42], 'eq. 1': [42], 'mixed-domain': [42]}))
+    few = dict(presets['laptop']['marsyard'], size=48, pretrain=dict(tiny['pretrain'], epochs=1), natural=40, images=40, groups=dict(fig3={'random weights': [42], 'eq. 1': [42], 'mixed-domain': [42]}, fig8={'eq. 1': [42]}))
     with capture_output(): _cells('marsyard', tmp/'grid', few, n=400)
     test_eq(read_cells(tmp/'grid/fig3.csv').method.tolist(), ['random weights', 'eq. 1', 'mixed-domain'])
-    assert '3 cells are missing' in _cells('marsyard', tmp/'elsewhere', few, dry_run=True)
+    test_eq(len(pd.read_csv(tmp/'grid/fig8.csv')), 400)
+    assert '4 cells are missing' in _cells('marsyard', tmp/'elsewhere', few, dry_run=True)
     assert '0 cells are missing' in _cells('marsyard', tmp/'elsewhere', few, known=tmp/'grid', dry_run=True)
     assert not (tmp/'elsewhere').exists()
     shutil.rmtree(tmp)

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import numpy as np, pandas as pd, pytest
 from marsclr import diagnosis
-from marsclr.paper import config_of, key, read_cells
+from marsclr.paper import config_of, grid, key, missing, read_cells
 from marsclr.reproduction import presets
 
 results = Path(__file__).parent.parent/'nbs/results'
@@ -25,10 +25,19 @@ def test_the_intervals_hold_the_rates_of_archives_that_the_line_has_not_seen():
     assert table.hold.mean() > .85
 
 
-@pytest.mark.parametrize('path', sorted(o for o in (results/'laptop-msl').glob('*.csv') if o.stem in presets['laptop']['msl']['groups']), ids=lambda o: o.stem)
+@pytest.mark.parametrize('path', sorted(o for o in (results/'laptop-msl').glob('*.csv') if o.stem in presets['laptop']['msl']['groups'] and o.stem != 'fig8'), ids=lambda o: o.stem)
 def test_the_cells_are_those_of_the_preset_and_there_is_one_row_for_each(path):
     table, settings = read_cells(path), presets['laptop']['msl']
     assert set(table.method) <= set(settings['groups'][path.stem]) and set(table.pack) <= set(settings['packs'])
     assert not table.duplicated(key).any()
     assert table.config.tolist() == [config_of(o, settings) for o in table.method]
+    asked = grid(settings, [path.stem], settings['packs'])
+    assert len(asked) - len(missing(asked, table)) == len(table)
     assert ((table.low <= table.accuracy) & (table.accuracy <= table.high)).all()
+
+
+def test_the_map_has_25_clusters_of_each_domain_and_names_every_image_once():
+    table = pd.read_csv(results/'laptop-msl/fig8.csv')
+    assert table.path.is_unique and table.domain.value_counts().to_dict() == dict(curiosity=6835, perseverance=538)
+    assert (table.groupby('domain').cluster.nunique() == 25).all()
+    assert (table.groupby(['domain', 'cluster']).size().groupby('domain').diff().dropna() <= 0).all()
