@@ -189,7 +189,7 @@ def draw_views(
             for c in range(3):
                 for x in range(size): out[b,c,y,x] = min(max(m[c,0]*rgb[0,x] + m[c,1]*rgb[1,x] + m[c,2]*rgb[2,x] + m[c,3], low[c]), high[c])
 
-# %% ../nbs/01_augmentations.ipynb #85dd21ac
+# %% ../nbs/01_augmentations.ipynb #f2ce9a6a
 def resample_by_kernel(
     images:torch.Tensor, # (B, S, S, 3) uint8, on the CPU
     boxes:torch.Tensor,  # (B, 4) top, left, height, width
@@ -201,7 +201,9 @@ def resample_by_kernel(
 ) -> torch.Tensor: # (B, 3, size, size) float32
     "Crop, resize, flip, and map colours, in one pass"
     if colours is None: colours = torch.eye(3, 4).expand(len(images), 3, 4)
-    if out is None: out = torch.empty(len(images), 3, size, size)
+    shape = len(images),3,size,size
+    if out is None: out = torch.empty(shape)
+    if out.shape != shape: raise MarsclrError(f'the views to be written over are {tuple(out.shape)}: give memory of {shape}')
     draw_views(*(o.contiguous().numpy() for o in (images, boxes, flip, colours)), *np.float32(limits), out.numpy())
     return out
 

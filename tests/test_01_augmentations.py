@@ -74,6 +74,10 @@ def test_colour_is_one_affine_map():
 
 
 def test_one_pass_over_the_pixels():
+    made = {}
+    exec('def twice(x): return 2*x', made)
+    test_eq(compiled(made['twice'])(21), 42)
+
     first,weights = triangle_taps(3, 6)
     test_eq(first, [0, 0, 0, 1, 1, 2])
     test_eq(weights[0], [1, .75, .25, .75, .25, 1])
@@ -108,6 +112,7 @@ def test_a_batch_of_views():
     old = torch.full((8, 3, 64, 64), torch.nan)
     assert views(images[:8], ids[:8], 42, 0, 0, out=old) is old
     test_eq(old, whole_batch)
+    with expect_fail(MarsclrError, '(8, 3, 64, 64): give memory of (7, 3, 64, 64)'): views(images[:7], ids[:7], 42, 0, 0, out=old)
 
     shapes = [o.to('meta') for o in (images[:8], ids[:8])]
     test_eq(views(*shapes, 42, 0, 0).shape, (8, 3, 64, 64))
