@@ -129,7 +129,7 @@ def verdict(
     share = min(ms['model']/ms['loop'], 1)
     if share >= .9: return f'compute-bound: {share:.0%} of the time is arithmetic. Only a faster device, more processes (marsclr_launch), a smaller --backbone or --image_size, or --precision bf16 help'
     if ms['loader'] > ms['model'] + ms['augmentation']: return f'loader-bound: {1-share:.0%} of the time is waiting for images. Put the pack on a local disk, make it smaller (marsclr_pack --size), or give the machine the memory to hold it'
-    if ms['augmentation'] > ms['loop'] - ms['model'] - ms['augmentation']: return f'augmentation-bound: {1-share:.0%} of the time is not arithmetic, most of it augmentation. More threads (OMP_NUM_THREADS) or a smaller --image_size help, or a GPU, which augments for itself'
+    if ms['augmentation'] > ms['loop'] - ms['model'] - ms['augmentation']: return f'augmentation-bound: {1-share:.0%} of the time is not arithmetic, most of it augmentation. A smaller --image_size helps, or a GPU, which augments for itself'
     return f'overhead-bound: {1-share:.0%} of the time is not arithmetic, most of it between the steps. A larger --batch_size has fewer of them'
 
 # %% ../nbs/09a_training_speed.ipynb #66cee2d1

@@ -71,7 +71,7 @@ def label_clusters(
     if (pack.table.label < 0).all(): raise MarsclrError(f'{pack.name} has no labels: choose another source of clusters')
     return _from_groups(pack.table.label.where(pack.table.label >= 0), pack, 'labels')
 
-# %% ../nbs/02_clustering.ipynb #08c3b1ec
+# %% ../nbs/02_clustering.ipynb #32bc717c
 def pixel_features(
     pack:Pack,   # to describe
     side:int=16, # of the thumbnails, pixels
@@ -80,7 +80,7 @@ def pixel_features(
     "Each image's thumbnail as a vector"
     def thumbnails(images):
         box = torch.tensor([[0, 0, pack.size, pack.size]]).expand(len(images), 4)
-        return resample(images, box, torch.zeros(len(images), dtype=torch.bool), side).float().flatten(1)/255
+        return resample(images, box, torch.zeros(len(images), dtype=torch.bool), side).flatten(1)/255
     return torch.cat([thumbnails(pack[np.arange(i, min(i+bs, len(pack)))]) for i in range(0, len(pack), bs)])
 
 # %% ../nbs/02_clustering.ipynb #9d0d3b1c
