@@ -21,7 +21,7 @@ from .false_negatives import false_negative_rate, simulate
 from .linear_evaluation import probe
 from .methods import Lab, commit, encoder_of, recipe_of, run_name
 
-# %% ../nbs/07d_paper.ipynb #4127f556
+# %% ../nbs/07d_paper.ipynb #4130ba8c
 _three,_two = [42, 43, 44],[42, 43]
 
 groups = dict(
@@ -33,11 +33,12 @@ groups = dict(
     fig8={'eq. 1': [42]},
     ablations={'eq. 1': [42], **{f'eq. 1, {o}': [42] for o in (
         'temperature=0.1', 'temperature=0.5', 'crop_max=1', 'colour_strength=0', 'colour_strength=1', 'batch_size=128', 'epochs=24', 'image_size=96', 'projection_layers=1',
-        'layer=layer2', 'layer=layer3')}})
+        'layer=layer2', 'layer=layer3', 'layer=all')}},
+    recommended={'recommended': [42], 'DCL, layer=all': [42], 'random weights, layer=all': [42]})
 
 key = ['method', 'seed', 'pack', 'labels', 'draw']
 
-# %% ../nbs/07d_paper.ipynb #63df6156
+# %% ../nbs/07d_paper.ipynb #cd9fbbed
 def grid(
     settings:dict, # of a preset: `groups`, `labels` (percentages), `draws`, and what `Lab` needs
     only,          # names of groups
@@ -47,7 +48,8 @@ def grid(
     rows = []
     for group in only:
         if group not in settings['groups']: raise MarsclrError(f'--only {group!r} is not known: choose from {" ".join(settings["groups"])}')
-        parts = [(o, d) for o in settings['labels'] for d in range(settings['draws'] if o < 100 else 1)] if group == 'fig4' else [(100, 0)]
+        shares = dict(fig4=settings['labels'], recommended=[10, 100]).get(group, [100])
+        parts = [(o, d) for o in shares for d in range(settings['draws'] if o < 100 else 1)]
         for method,seeds in settings['groups'][group].items():
             rows += [dict(group=group, method=method, seed=s, pack=p, labels=o, draw=d, config=config_of(method, settings)) for s in seeds for p in (packs if group != 'fig8' else ['pool']) for o,d in parts]
     return pd.DataFrame(rows)
@@ -179,13 +181,13 @@ def less(
     d = {m: (wide[m]-wide[over]).dropna() for m in table.method.unique() if m != over} if over in wide else {}
     return pd.DataFrame({m: dict(mean=x.mean(), half=half_width(x), seeds=len(x)) for m,x in d.items() if len(x)}, index=['mean', 'half', 'seeds']).T
 
-# %% ../nbs/07d_paper.ipynb #570b33a4
+# %% ../nbs/07d_paper.ipynb #6d659693
 def summary(
     table:pd.DataFrame, # cells of one pack and share of labels
     against=('eq. 1', 'DCL'), # methods to take differences to
 ) -> pd.DataFrame: # text; in %
-    "A row a method: accuracy with both of its intervals, the other figures, paired differences"
-    rows = {}
+    "A row a method: accuracy with both of its intervals, the other figures, paired differences; draws of labels are averaged first"
+    rows,table = {},table.groupby(['method', 'seed'], sort=False, as_index=False)[['accuracy', 'low', 'high', 'balanced_accuracy', 'macro_f1', 'val_accuracy']].mean()
     for method in table.method.unique():
         t = table[table.method == method]
         rows[method] = {'seeds': len(t), 'accuracy, over seeds': pm(t.accuracy.mean()*100, half_width(t.accuracy*100)), 'test images': f'± {(t.high-t.low).mean()*50:.1f}',
@@ -285,7 +287,7 @@ def pool_rates(
                        simulated=drawn.mean(), error=drawn.std()/len(drawn)**.5)
     return pd.DataFrame(rows).T.rename_axis('method').reset_index()
 
-# %% ../nbs/07d_paper.ipynb #daaa1728
+# %% ../nbs/07d_paper.ipynb #c4d11c07
 paper_says = {'MSL v2.1': {'eq. 1': 75.60, 'mixed-domain': 77.31, 'Curiosity only': 75.60, 'natural only': 76.54, 'half and half': 77.31},
               'HiRISE v3.2 subset': {'eq. 1': 89.70, 'mixed-domain': 90.53, 'Curiosity only': 89.70, 'natural only': 91.89, 'half and half': 90.53}}
 
@@ -297,8 +299,9 @@ def draw_tables(
     made,figures = [],dict(fig4=labels_figure, ablations=ablation_figure)
     for path in (lab.to/f'{o}.csv' for o in only):
         table,group = read_cells(path),path.stem
-        for name,t in table[table.labels == 100].groupby('pack', sort=False): print(f'{group}, {name}\n{(changes if group == "ablations" else summary)(t).to_string()}')
-        fig = figures[group](table) if group in figures else method_figure(table, paper_says)
+        shown = table if group == 'recommended' else table[table.labels == 100]
+        for (name,labels),t in shown.groupby(['pack', 'labels'], sort=False): print(f'{group}, {name}, {labels} % of the labels\n{(changes if group == "ablations" else summary)(t).to_string()}')
+        fig = figures[group](table) if group in figures else method_figure(table[table.labels == 100], paper_says)
         with whole(path.with_suffix('.png')) as p: fig.savefig(p, format='png')
         plt.close(fig)
         made += [path, path.with_suffix('.png')]

@@ -16,7 +16,7 @@ from marsclr.augmentations import Views
 from marsclr.cluster_study import source_features
 from marsclr.clustering import Clusters, capture_clusters, kmeans, label_clusters
 from marsclr.core import MarsclrError, whole, write_json
-from marsclr.encoders import create_encoder, encode, load_encoder, pick_device, save_encoder
+from marsclr.encoders import Stages, create_encoder, encode, load_encoder, pick_device, save_encoder
 from marsclr.packing import Pack, concat_packs
 from marsclr.runs import Autocast, PackLoader, RunFolder, RunLearner, open_run, show_progress
 from marsclr.texture import texture_clusters
@@ -68,12 +68,6 @@ def test_supervised_from_scratch():
 
 
 def test_from_a_method_to_an_encoder():
-    encoder,images = create_encoder('resnet18').eval(),torch.rand(2, 3, 64, 64)
-    with torch.no_grad(): out = {o: Stage(encoder, o)(images) for o in ('layer2', 'layer3', 'layer4')}
-    test_eq([o.shape[1] for o in out.values()], [128, 256, 512])
-    test_close(out['layer4'], encoder(images), eps=1e-5)
-    with expect_fail(MarsclrError, "layer 'layer9' is not known: choose from act1 layer1"): Stage(encoder, 'layer9')
-
     kinds = 'random weights', 'eq. 1', 'DCL', 'half and half', 'eq. 2, pixels + capture', 'attraction, pixels + capture', 'eq. 2, true classes'
     with capture_output(): made = {o: lab.train(o, 42, yard) for o in kinds}
     config = {o: read_json(r/'config.json') for o,r in made.items() if r}
