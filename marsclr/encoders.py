@@ -6,7 +6,7 @@
 __all__ = ['conv_by_matrix', 'Conv2d', 'small_maps_by_matrix', 'create_encoder', 'Stages', 'projection_head', 'ContrastiveModel',
            'save_encoder', 'load_encoder', 'pick_device', 'encode', 'encode_to']
 
-# %% ../nbs/01a_encoders.ipynb #e562c4b4
+# %% ../nbs/01a_encoders.ipynb #fe9cfe84
 import difflib, os
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save
 from torch import nn
 from torch.nn import functional as F
 from .augmentations import whole_views
-from .core import MarsclrError, one_line, read_json, whole, write_json
+from .core import MarsclrError, one_line, read_json, whole
 from .packing import Pack
 from .processes import gather_parts, part, rank
 

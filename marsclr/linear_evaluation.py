@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['fit_logistic', 'fit_layers', 'ProbeResult', 'recall_of', 'check_probe', 'probe', 'load_projection', 'marsclr_probe']
 
-# %% ../nbs/06_linear_evaluation.ipynb #b547fc8b
+# %% ../nbs/06_linear_evaluation.ipynb #2af4e394
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,7 +24,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 from .core import MarsclrError, command, one_line, read_json, whole, write_json
 from .encoders import ContrastiveModel, Stages, create_encoder, encode, load_encoder, pick_device, projection_head
-from .packing import Pack, load_pack
+from .packing import load_pack
 from .processes import joined, rank
 from .runs import load_checkpoint
 from .training import adam

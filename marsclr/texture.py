@@ -6,15 +6,14 @@
 __all__ = ['optimizers', 'Encoding', 'Fusion', 'TextureNet', 'TripletLoss', 'BalancedLoader', 'moved', 'Recluster',
            'ClusterViews', 'starting_trunk', 'check_trunk', 'texture_clusters', 'load_texture']
 
-# %% ../nbs/02a_texture.ipynb #0e1800c3
-import hashlib, math, os
+# %% ../nbs/02a_texture.ipynb #b3cdbb23
+import hashlib, math
 from functools import partial
 from pathlib import Path
 
 import numpy as np, torch, torch.nn.functional as F
 from fastai.callback.core import Callback, CancelValidException
 from fastai.data.core import DataLoaders
-from fastai.learner import Learner
 from fastai.optimizer import OptimWrapper
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -27,7 +26,7 @@ from .augmentations import Views
 from .clustering import Clusters, kmeans, load_clusters, whiten
 from .core import MarsclrError, addressed_uniform, one_line, read_json, whole
 from .encoders import create_encoder, encode, load_encoder, pick_device
-from .packing import Pack, load_pack
+from .packing import Pack
 from .processes import decided, gather, joined, rank, world
 from .runs import Autocast, PackLoader, RunFolder, RunLearner, bare, open_run, show_progress
 

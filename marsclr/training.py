@@ -6,12 +6,12 @@
 __all__ = ['TwoViews', 'lr_at', 'Schedule', 'adam', 'contrastive_learner', 'knn_accuracy', 'OnlineKnn', 'pretrain', 'make_config',
            'learner_from']
 
-# %% ../nbs/04_training.ipynb #fa2b6d97
+# %% ../nbs/04_training.ipynb #b6374d10
 import math
 from functools import partial
 from pathlib import Path
 
-import numpy as np, torch, torch.nn.functional as F
+import torch, torch.nn.functional as F
 from fastai.callback.core import Callback, CancelValidException
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner

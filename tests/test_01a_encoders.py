@@ -10,12 +10,13 @@ from safetensors.torch import load_file, save
 from torch import nn
 from torch.nn import functional as F
 from marsclr.augmentations import whole_views
-from marsclr.core import MarsclrError, one_line, read_json, whole, write_json
+from marsclr.core import MarsclrError, one_line, read_json, whole
 from marsclr.packing import Pack
 from marsclr.processes import gather_parts, part, rank
 import tempfile, time
 import pandas as pd
 from fastcore.test import *
+from marsclr.core import write_json
 from marsclr.marsyard import marsyard
 from marsclr.encoders import *
 

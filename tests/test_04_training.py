@@ -3,7 +3,7 @@
 import math
 from functools import partial
 from pathlib import Path
-import numpy as np, torch, torch.nn.functional as F
+import torch, torch.nn.functional as F
 from fastai.callback.core import Callback, CancelValidException
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
@@ -19,7 +19,7 @@ from marsclr.packing import Pack, concat_packs, load_pack
 from marsclr.processes import joined, rank
 from marsclr.runs import Autocast, PackLoader, RunFolder, RunLearner, bare, open_run, show_progress
 import shutil, tempfile
-import matplotlib.pyplot as plt, pandas as pd, timm
+import matplotlib.pyplot as plt, numpy as np, pandas as pd, timm
 from fastai.callback.core import CancelFitException
 from fastcore.test import *
 from marsclr.datasets import msl

@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 from marsclr.core import MarsclrError, command, one_line, read_json, whole, write_json
 from marsclr.encoders import ContrastiveModel, Stages, create_encoder, encode, load_encoder, pick_device, projection_head
-from marsclr.packing import Pack, load_pack
+from marsclr.packing import load_pack
 from marsclr.processes import joined, rank
 from marsclr.runs import load_checkpoint
 from marsclr.training import adam
