@@ -45,8 +45,8 @@ presets = dict(
                                    pretrain=dict(yard, backbone='resnet10t', image_size=32, epochs=10, crop_min=.08, crop_max=.6), train_seeds=[42, 43, 44])),
     references=dict(msl=dict(size=128)))
 
-# %% ../nbs/08_reproduction.ipynb #312d63c7
-cells = dict(groups={k: v for k,v in groups.items() if k != 'ablations'}, labels=[1, 5, 10, 20, 50, 100], draws=10, packs=['MSL v2.1', 'HiRISE v3.2 subset'], k={'pixels + capture': 14, 'eq. 1 features': 3, 'texture': 150})
+# %% ../nbs/08_reproduction.ipynb #814597c1
+cells = dict(groups={k: v for k,v in groups.items() if k not in ('ablations', 'recommended')}, labels=[1, 5, 10, 20, 50, 100], draws=10, packs=['MSL v2.1', 'HiRISE v3.2 subset'], k={'pixels + capture': 14, 'eq. 1 features': 3, 'texture': 150})
 
 presets |= dict(
     laptop=dict(
@@ -253,7 +253,7 @@ def _homogeneity(data, to, settings, seed):
     print(gains(table).round(2).to_string(index=False))
     return f'{to}/curve.csv {to}/curve.png'
 
-# %% ../nbs/08_reproduction.ipynb #c19ca50a
+# %% ../nbs/08_reproduction.ipynb #b3a2603f
 def _left(asked, to, known):
     "The cells that are neither in the folder's tables nor, where it has none, in the known ones"
     def file(name): return Path(known)/f'{name}.csv' if known and not (to/f'{name}.csv').exists() else to/f'{name}.csv'
@@ -268,7 +268,7 @@ def _cells(data, to, settings, only='', known='', dry_run=False, **kwargs):
     if dry_run: return f'{bill.to_string(index=False)}\n{len(left)} cells are missing, about {bill.minutes.sum()/60:.1f} hours'
     open_folder(to, data, settings, **kwargs)
     packs = make_packs(data, to, settings['size'], **kwargs)
-    if asked.method.map(lambda o: 'pool' in recipe_of(o)).any():
+    if asked.method.map(lambda o: recipe_of(o).get('pool') not in (None, 'with train')).any():
         packs['natural'] = _pack(imagenet, to/'natural.pack', settings['size']) if data == 'msl' else leaves_pack(to/'natural.pack', settings['natural'], 1, settings['size'])
     for path in (Path(known)/f'{o}.csv' for o in asked.group.unique() if known):
         if path.exists() and not (to/path.name).exists():
@@ -277,7 +277,7 @@ def _cells(data, to, settings, only='', known='', dry_run=False, **kwargs):
     lab.run(left[left.group != 'fig8'])
     return ' '.join(draw_maps(lab, g.method.iloc[0], int(g.seed.iloc[0])) if name == 'fig8' else draw_tables(lab, [name]) for name,g in asked.groupby('group', sort=False))
 
-# %% ../nbs/08_reproduction.ipynb #3f6e7e03
+# %% ../nbs/08_reproduction.ipynb #bef2cf2b
 _chains = dict(smoke=_smoke, clusters=_clusters, homogeneity=_homogeneity, references=_references)
 
 @command
@@ -286,7 +286,7 @@ def marsclr_reproduce(
     data:str='marsyard', # marsyard: no data needed; msl: the archives under $MARSCLR_DATA
     to:str='',           # folder for everything that is made; runs/PRESET-DATA by default
     seed:int=42,         # for smoke; the other presets have their own
-    only:str='',         # for cells: fig3, table2, fig4, fig5, fig8, ablations, several separated by commas; all by default
+    only:str='',         # for cells: fig3, table2, fig4, fig5, fig8, ablations, recommended, several separated by commas; all by default
     known:str='',        # for cells: folder with tables whose rows need not be run again
     dry_run:bool=False,  # for cells: print what is missing and what it will take, and stop
 ):
