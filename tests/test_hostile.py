@@ -186,7 +186,7 @@ def test_each_kind_has_the_fate_it_should(packed):
     assert sum(o.startswith('flipped') for o in read) > 50 and sum(o.startswith('flipped') for o in quarantine) > 50
 
 
-@pytest.mark.parametrize('kind', set(GOOD) - {'narrow.png', 'flat.jpg', 'dot.gif', 'bits.bmp', 'palette-hole.png'})
+@pytest.mark.parametrize('kind', sorted(set(GOOD) - {'narrow.png', 'flat.jpg', 'dot.gif', 'bits.bmp', 'palette-hole.png'}))
 def test_what_is_read_is_read_right(kind):
     image = scene(np.random.default_rng(5))
     expected = decode(saved(image, 'PNG'), 32).astype(float)
