@@ -21,7 +21,7 @@ from .bench import bench_augment, bench_loss, compose, installed, machine, measu
 from .clustering import kmeans
 from .core import MarsclrError, command, data_root, whole
 from .datasets import msl, rovers
-from .encoders import ContrastiveModel, create_encoder, encode, encode_to, projection_head
+from .encoders import ContrastiveModel, create_encoder, encode, encode_to, fast_bf16, projection_head
 from .losses import NTXentLoss
 from .marsyard import marsyard, write_marsyard
 from .packing import Pack, load_pack, pack_archive
@@ -50,13 +50,13 @@ def model_of(
 def step_of(
     model,     # views to projections
     loss,      # function (projections, ids)
-    bf16=True, # forward pass in bfloat16, channels last
+    ours=True, # our precision and memory format, not torch's defaults
 ): # function (views, ids): one step of training
     "Forward, loss, backward and optimiser step, and nothing else"
-    model = model.to(memory_format=torch.channels_last) if bf16 else model
+    model = model.to(memory_format=torch.channels_last) if ours else model
     opt = torch.optim.Adam(model.parameters(), lr=3e-4, weight_decay=1e-6, fused=True)
     def step(views, ids):
-        with torch.autocast('cpu', torch.bfloat16, enabled=bf16): z = model(views)
+        with torch.autocast('cpu', torch.bfloat16, enabled=ours and fast_bf16('cpu')): z = model(views)
         loss(z.float(), ids).backward()
         opt.step()
         opt.zero_grad()
@@ -82,7 +82,7 @@ def train_cases(
         views = torch.cat([Views(size)(pack[np.arange(bs)], ids[:bs], 42, 0, v) for v in (0, 1)])
         return lambda: [step(views, ids) for _ in range(batches)]
     return installed({'marsclr': ours, 'floor: one batch, over and over': floor, "lightly's input, our step": partial(lightly_loop, pack, backbone, size, bs, workers),
-                      'lightly': partial(lightly_loop, pack, backbone, size, bs, workers, bf16=False)})
+                      'lightly': partial(lightly_loop, pack, backbone, size, bs, workers, ours=False)})
 
 class Pictures:
     "Decoded images as a torch dataset of two views each"
@@ -95,13 +95,13 @@ class Pictures:
 
 def lightly_loop(
     pack:Pack, backbone:str, size:int, bs:int, workers:int, # as in `train_cases`
-    bf16=True, # our precision and memory format
+    ours=True, # as in `step_of`
 ): # function: an epoch
     "SimCLR as lightly's documentation has it"
     from lightly.loss import NTXentLoss
     from lightly.transforms import SimCLRTransform
     loss = NTXentLoss()
-    step = step_of(model_of(backbone), lambda z,ids: loss(z[:len(z)//2], z[len(z)//2:]), bf16)
+    step = step_of(model_of(backbone), lambda z,ids: loss(z[:len(z)//2], z[len(z)//2:]), ours)
     loader = torch.utils.data.DataLoader(Pictures(pack, SimCLRTransform(input_size=size, gaussian_blur=0.)), bs, shuffle=True, drop_last=True, num_workers=workers, persistent_workers=workers > 0)
     def epoch():
         for a,b in loader: step(torch.cat([a, b]), None)
@@ -164,8 +164,8 @@ def forward(
     encoder,
     batches, # of normalised images
 ):
-    "Features of batches, in bfloat16"
-    with torch.autocast('cpu', torch.bfloat16): return [encoder(o.contiguous(memory_format=torch.channels_last)).float() for o in batches]
+    "Features of batches, in the precision of `encode`"
+    with torch.autocast('cpu', torch.bfloat16, enabled=fast_bf16('cpu')): return [encoder(o.contiguous(memory_format=torch.channels_last)).float() for o in batches]
 
 def blobs(
     n:int,     # features

@@ -22,15 +22,16 @@ from .texture import load_texture
 def source_features(
     pack:Pack,  # to be clustered
     seed:int,   # of random weights
-    eq1:Path,   # run folder of an encoder trained with eq. 1
+    eq1,        # run folder of an encoder trained with eq. 1, for the sources that need it
     texture:Path, # run folder of texture clustering
     texture_size:int=None, # side of the images that texture embeds; that of the pack by default
 ) -> dict: # by source: a function that gives (N, D) float32, of length one
     "What each source of clusters sees of a pack"
-    trained = load_encoder(eq1)
-    torch.manual_seed(seed)
-    random = create_encoder(trained.default_cfg['architecture'])
-    f = {'pixels': lambda: pixel_features(pack), 'random encoder': lambda: encode(random, pack), 'eq. 1 features': lambda: encode(trained, pack),
+    trained = cache(lambda: load_encoder(eq1))
+    def random():
+        torch.manual_seed(seed)
+        return create_encoder(trained().default_cfg['architecture'])
+    f = {'pixels': lambda: pixel_features(pack), 'random encoder': lambda: encode(random(), pack), 'eq. 1 features': lambda: encode(trained(), pack),
          'texture': lambda: whiten(encode(load_texture(texture), pack, texture_size))}
     f = {name: cache(lambda o=o: F.normalize(o().float(), dim=1)) for name,o in f.items()}
     f['eq. 1 features, whitened'] = lambda: whiten(f['eq. 1 features']())

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['conv_by_matrix', 'Conv2d', 'small_maps_by_matrix', 'create_encoder', 'Stages', 'projection_head', 'ContrastiveModel',
-           'save_encoder', 'load_encoder', 'pick_device', 'encode', 'encode_to']
+           'save_encoder', 'load_encoder', 'pick_device', 'fast_bf16', 'encode', 'encode_to']
 
 # %% ../nbs/01a_encoders.ipynb #fe9cfe84
 import difflib, os
@@ -146,12 +146,20 @@ def pick_device(
     try: return torch.empty(0, device=name or default_device()).device
     except (RuntimeError, AssertionError, NotImplementedError) as e: raise MarsclrError(f'device {str(name)!r} cannot be used here ({one_line(e)})') from e
 
+def fast_bf16(
+    device, # 'cpu', 'cuda', ...
+) -> bool: # a CPU without kernels for it takes many times as long as in float32
+    "Does a device have kernels for bfloat16?"
+    kind = torch.device(device).type
+    if kind == 'cpu': return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return kind != 'cuda' or torch.cuda.get_device_capability(device) >= (8, 0)
+
 def _batches(encoder, pack, rows, size, bs, device, progress):
     "Features of some rows, a batch at a time"
     training = encoder.training
     encoder.to(device, memory_format=torch.channels_last).eval()
     for i in progress_bar(range(0, len(rows), bs), display=progress, leave=progress):
-        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
+        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=fast_bf16(device)):
             x = encoder(whole_views(pack[np.array(rows[i:i+bs])].to(device), size))
         yield x.float().cpu()
     encoder.train(training)
@@ -164,7 +172,7 @@ def encode(
     device=None,       # fastai's default device by default
     progress=False,    # show a progress bar
 ) -> torch.Tensor: # (N, num_features) float32, on the CPU
-    "Features of whole images, in bfloat16 and evaluation mode; the encoder's own mode is restored. Several processes share the work"
+    "Features of whole images, in evaluation mode and in bfloat16 where the device is fast at it; the encoder's own mode is restored. Several processes share the work"
     device = pick_device(device)
     parts = _batches(encoder, pack, part(len(pack)) or range(1), size, bs, device, progress and rank() == 0)
     return gather_parts(torch.cat(list(parts)), len(pack), device)

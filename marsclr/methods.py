@@ -23,7 +23,7 @@ from .augmentations import Views
 from .cluster_study import source_features
 from .clustering import Clusters, capture_clusters, kmeans, label_clusters
 from .core import MarsclrError, whole, write_json
-from .encoders import Stages, create_encoder, encode, load_encoder, pick_device, save_encoder
+from .encoders import Stages, create_encoder, encode, fast_bf16, load_encoder, pick_device, save_encoder
 from .packing import Pack, concat_packs
 from .runs import Autocast, PackLoader, RunFolder, RunLearner, open_run, show_progress
 from .texture import texture_clusters
@@ -131,7 +131,8 @@ def clusters(self:Lab,
     else:
         texture = self.to/f'texture-seed{seed}'
         if source.startswith('texture'): texture_clusters(pool, texture, seed=seed, save_every=5, **self.settings['texture'])
-        x = source_features(pool, seed, self.train('eq. 1', seed), texture)[source]()
+        eq1 = self.train('eq. 1', seed) if source.startswith('eq. 1') else None
+        x = source_features(pool, seed, eq1, texture)[source]()
         found = Clusters(*kmeans(x.numpy(), k, seed), f'{source}, K={k}', pool.fingerprint)
     found.save(path)
     return path
@@ -168,8 +169,9 @@ def supervised(
     seed:int=42,
 ) -> Path: # the run folder
     "Train an encoder and a linear layer with labels, from random weights"
-    config = dict({k: v for k,v in locals().items() if k not in ('pack', 'run')}, loss='supervised', pack_fingerprint=pack.fingerprint)
-    train,device = pack.where(((pack.table.split == 'train') & (pack.table.label >= 0)).to_numpy()),pick_device()
+    config,device = {k: v for k,v in locals().items() if k not in ('pack', 'run')},pick_device()
+    config |= dict(loss='supervised', precision='bf16' if fast_bf16(device) else 'fp32', pack_fingerprint=pack.fingerprint)
+    train = pack.where(((pack.table.split == 'train') & (pack.table.label >= 0)).to_numpy())
     torch.manual_seed(seed)
     encoder = create_encoder(backbone)
     model = nn.Sequential(encoder, nn.Linear(encoder.num_features, len(pack.classes))).to(device, memory_format=torch.channels_last)

@@ -109,10 +109,10 @@ def run_facts(
     run, # folder; none for random weights
 ) -> dict:
     "What a row says of its encoder"
-    if run is None: return dict(pool=0, epochs=0, clusters='', trained_by='', train_s=0, train_cpu_s=0)
+    if run is None: return dict(pool=0, epochs=0, clusters='', trained_by='', precision='', train_s=0, train_cpu_s=0)
     c,made,log = read_json(run/'config.json'),read_json(run/'made.json'),pd.read_csv(run/'log.csv')
     return dict(pool=c.get('images', 0), epochs=c['epochs'], clusters=c.get('clusters', ''),
-                trained_by=made['commit'], train_s=round(log.seconds.sum()), train_cpu_s=made['cpu_seconds'])
+                trained_by=made['commit'], precision=c['precision'], train_s=round(log.seconds.sum()), train_cpu_s=made['cpu_seconds'])
 
 # %% ../nbs/07d_paper.ipynb #63738f7c
 def read_cells(

@@ -52,7 +52,7 @@ presets |= dict(
     laptop=dict(
         marsyard=dict(cells, size=96, pretrain=yard, packs=['MarsYard'], k={}, natural=600, images=600, draws=2, pool_images=2500, images_per_s=200, probe_s=10,
                       groups=dict(fig3={o: [42, 43] for o in ('random weights', 'eq. 1', 'DCL', 'mixed-domain', 'eq. 2, true classes')}, table2={'natural only': [42]}, fig8={'eq. 1': [42]})),
-        msl=dict(cells, groups=groups, size=192, pretrain=laptop, supervised=dict(epochs=15), texture=dict(k=150, epochs=12, embed_size=128), natural=2000, images=2000, pool_images=7373, images_per_s=100, probe_s=60)),
+        msl=dict(cells, groups=groups, size=192, pretrain=laptop, supervised=dict(image_size=64, epochs=10), texture=dict(k=150, epochs=12, embed_size=128), natural=2000, images=2000, pool_images=7373, images_per_s=100, probe_s=60)),
     gpu=dict(msl=dict(cells, size=192, pretrain=dict(laptop, epochs=40, batch_size=128, image_size=96), supervised=dict(epochs=40, batch_size=128), texture=dict(k=150, epochs=100),
                       natural=2000, images=2000, pool_images=7373, images_per_s=5000, probe_s=2)),
     paper=dict(msl=dict(cells, size=256, pretrain=dict(backbone='resnet50'), supervised=dict(backbone='resnet50', image_size=224, epochs=100, batch_size=128, lr=3e-4),

@@ -22,6 +22,7 @@ from fastcore.basics import patch
 from fastcore.imports import IN_NOTEBOOK, noop
 from fastprogress.fastprogress import format_time
 from .core import MarsclrError, Stopped, epoch_order, on_sigterm, one_line, read_json, whole, write_json
+from .encoders import fast_bf16
 from .packing import Pack
 from .processes import agree, any_of_all, decided, rank, world
 
@@ -78,6 +79,7 @@ class RunLearner(Learner):
             self.dls.train.epoch = self.epoch
             self._with_events(self._do_epoch, 'epoch', CancelEpochException)
             self.dls.train.start = 0
+            trim_heap()
 
 def bare(
     model, # perhaps wrapped for several processes
@@ -87,10 +89,15 @@ def bare(
 
 # %% ../nbs/01b_runs.ipynb #14703d60
 class Autocast(Callback):
-    "The model's forward pass in bfloat16, on any device"
+    "The model's forward pass in bfloat16 or float32"
     order = 10
+    def __init__(self,
+        bf16=None, # in bfloat16? Where the device is fast at it by default
+    ): self.bf16 = bf16
+
+    def before_fit(self): self.on = fast_bf16(self.dls.device) if self.bf16 is None else self.bf16
     def before_batch(self):
-        self.cast = torch.autocast(self.dls.device.type, torch.bfloat16)
+        self.cast = torch.autocast(self.dls.device.type, torch.bfloat16, enabled=self.on)
         self.cast.__enter__()
     def after_pred(self):
         self.cast.__exit__(None, None, None)
@@ -148,7 +155,7 @@ def look(self:RunFolder) -> bool: # was any process asked to stop?
     self.total += losses.sum()
     if not self.total.isfinite():
         bad = int((~losses.isfinite()).nonzero()[0])
-        precision = 'bf16' if any(isinstance(o, Autocast) for o in self.learn.cbs) else 'fp32'
+        precision = 'bf16' if any(isinstance(o, Autocast) and o.on for o in self.learn.cbs) else 'fp32'
         raise MarsclrError(f"the loss is {losses[bad].item()} at epoch {self.epoch}, step {self.seen-len(losses)+bad} ({getattr(self.loss_func, '__name__', self.loss_func)}, lr {self.opt.hypers[-1]['lr']:.1e}, "
                            f'{precision}): lower the learning rate, raise the temperature or take fp32; {self.path} is as the last checkpoint left it')
     self.asked = any_of_all(self.learn.asked_to_stop, self.dls.device)

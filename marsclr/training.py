@@ -21,7 +21,7 @@ from . import __version__
 from .augmentations import Views
 from .clustering import load_clusters
 from .core import MarsclrError
-from .encoders import ContrastiveModel, create_encoder, encode, pick_device, projection_head, save_encoder
+from .encoders import ContrastiveModel, create_encoder, encode, fast_bf16, pick_device, projection_head, save_encoder
 from .losses import losses
 from .packing import Pack, concat_packs, load_pack
 from .processes import joined, rank
@@ -98,7 +98,7 @@ def contrastive_learner(
     schedule='constant',   # 'constant' or 'cosine'
     warmup:int=0,          # steps
     seed:int=42,           # of order and views
-    bf16=True,             # forward pass in bfloat16
+    bf16=None,             # forward pass in bfloat16? Where the device is fast at it by default
     device=None,           # fastai's default device by default
     cbs=(),                # more callbacks
 ) -> Learner:
@@ -107,7 +107,7 @@ def contrastive_learner(
     if clusters is not None and len(clusters) != len(pack): raise MarsclrError(f'{len(clusters)} cluster ids for a pack of {len(pack)} images')
     device = pick_device(device)
     loader = PackLoader(pack, bs, seed, device)
-    cbs = [TwoViews(views or Views(), seed, clusters), Schedule(lr, schedule, warmup), *([Autocast()] if bf16 else []), *L(cbs)]
+    cbs = [TwoViews(views or Views(), seed, clusters), Schedule(lr, schedule, warmup), Autocast(bf16), *L(cbs)]
     learn = RunLearner(DataLoaders(loader, loader, device=device), model.to(device, memory_format=torch.channels_last), loss, opt_func=opt_func, lr=lr, cbs=cbs)
     learn.recorder.valid_metrics = False
     return learn
@@ -166,7 +166,7 @@ def pretrain(
     crop_min:float=.08,      # smallest share of the area that a view covers
     crop_max:float=1.,       # largest
     colour_strength:float=1., # of the jitter; 1 is SimCLR's
-    precision:str='bf16',    # bf16 or fp32
+    precision:str='auto',    # bf16, fp32, or auto: bf16 where the device is fast at it
     seed:int=42,             # of initial weights, order and views
     save_every:int=0,        # steps between checkpoints within an epoch; 0: only at its end
     knn:str='',              # labeled pack for a k-NN accuracy after each epoch
@@ -192,11 +192,12 @@ def make_config(
     groups=None,   # its `Clusters`
 ) -> dict:
     "All that determines the weights of a run"
-    choices = dict(loss=losses, optimizer=('adam', 'adamw'), schedule=('constant', 'cosine'), precision=('bf16', 'fp32'))
+    choices = dict(loss=losses, optimizer=('adam', 'adamw'), schedule=('constant', 'cosine'), precision=('auto', 'bf16', 'fp32'))
     for k,allowed in choices.items():
         if settings[k] not in allowed: raise MarsclrError(f'--{k} {settings[k]!r} is not known: choose from {" ".join(allowed)}')
     for k,least in dict(epochs=1, image_size=1, projection_dim=1, seed=0, lr=0, weight_decay=0, warmup=0, save_every=0).items():
         if not settings[k] >= least: raise MarsclrError(f'--{k} {settings[k]:g}: give at least {least}')
+    if settings['precision'] == 'auto': settings = dict(settings, precision='bf16' if fast_bf16(pick_device(settings['device'])) else 'fp32')
     where = ('pack', 'run', 'clusters', 'save_every', 'knn', 'device')
     return dict({k: v for k,v in settings.items() if k not in where}, pack=pack.name, images=len(pack), pack_fingerprint=pack.fingerprint,
                 clusters=groups.source if groups else '', clusters_fingerprint=groups.fingerprint if groups else '', marsclr=__version__)

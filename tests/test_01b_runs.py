@@ -14,6 +14,7 @@ from fastcore.basics import patch
 from fastcore.imports import IN_NOTEBOOK, noop
 from fastprogress.fastprogress import format_time
 from marsclr.core import MarsclrError, Stopped, epoch_order, on_sigterm, one_line, read_json, whole, write_json
+from marsclr.encoders import fast_bf16
 from marsclr.packing import Pack
 from marsclr.processes import agree, any_of_all, decided, rank, world
 import signal, tempfile
