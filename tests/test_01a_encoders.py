@@ -21,6 +21,23 @@ from marsclr.marsyard import marsyard
 from marsclr.encoders import *
 
 
+def test_the_device():
+    test_eq(pick_device('cpu'), torch.device('cpu'))
+    with expect_fail(MarsclrError, "device 'abacus' cannot be used here"): pick_device('abacus')
+
+    def forward_ms(dtype): # of a convolution, the best of five
+        layer,x = nn.Conv2d(64, 64, 3, dtype=dtype),torch.randn(8, 64, 32, 32, dtype=dtype)
+        def once():
+            began = time.perf_counter()
+            layer(x)
+            return (time.perf_counter()-began)*1e3
+        return min(once() for _ in range(5))
+
+    ms = {str(o): round(forward_ms(o), 1) for o in (torch.float32, torch.bfloat16)}
+    assert fast_bf16('cpu') or ms['torch.bfloat16'] > 2*ms['torch.float32']
+    ms | dict(fast_bf16=fast_bf16('cpu'))
+
+
 def test_convolutions_on_very_small_maps():
     x,weight = torch.randn(2, 5, 4, 6, dtype=torch.double),torch.randn(7, 5, 3, 3, dtype=torch.double)
     for stride,padding in ((1, 1), (1, 1)), ((2, 2), (1, 1)), ((1, 2), (0, 1)):
@@ -29,7 +46,7 @@ def test_convolutions_on_very_small_maps():
     def train_ms(net, x): # of one forward and backward pass, the best of five
         def once():
             began = time.perf_counter()
-            with torch.autocast('cpu', torch.bfloat16): net(x).sum().backward()
+            with torch.autocast('cpu', torch.bfloat16, enabled=fast_bf16('cpu')): net(x).sum().backward()
             return (time.perf_counter()-began)*1e3
         return min(once() for _ in range(5))
 

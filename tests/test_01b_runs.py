@@ -32,6 +32,19 @@ from marsclr.packing import pack_archive
 from marsclr.runs import *
 
 
+def test_memory_that_comes_back():
+    def used_mib(): return next(int(o.split()[1])//1024 for o in open('/proc/self/status') if o.startswith('RssAnon'))
+    if sys.platform == 'linux':
+        blocks = [(torch.ones(25_000), torch.ones(1000)) for _ in range(1000)]
+        kept = [small for _,small in blocks]
+        del blocks
+        before = used_mib()
+        trim_heap()
+        after = used_mib()
+        print(f'{before-after} MiB given back')
+        assert before-after > 50 or not hasattr(ctypes.CDLL(None), 'malloc_trim')
+
+
 def test_a_loader_with_a_place():
     global Points, tmp
     class Points:
@@ -77,22 +90,10 @@ def test_half_the_precision():
 
     kind,model = Kind(),Inside(1, 1)
     kind.order = 20
-    learn = RunLearner(DataLoaders(Points(), Points()), model, F.mse_loss, opt_func=sgd, cbs=[Autocast(), kind])
-    with learn.no_bar(), learn.no_logging(): learn.fit(1)
-    test_eq((model.inside.dtype, set(kind.seen), model.weight.dtype), (torch.bfloat16, {torch.float32}, torch.float32))
-
-
-def test_memory_that_comes_back():
-    def used_mib(): return next(int(o.split()[1])//1024 for o in open('/proc/self/status') if o.startswith('RssAnon'))
-    if sys.platform == 'linux':
-        blocks = [(torch.ones(25_000), torch.ones(1)) for _ in range(1000)]
-        kept = [small for _,small in blocks]
-        del blocks
-        before = used_mib()
-        trim_heap()
-        after = used_mib()
-        print(f'{before-after} MiB given back')
-        assert before-after > 50 or not hasattr(ctypes.CDLL(None), 'malloc_trim')
+    for bf16,inside in (True, torch.bfloat16), (False, torch.float32), (None, torch.bfloat16 if fast_bf16('cpu') else torch.float32):
+        learn = RunLearner(DataLoaders(Points(), Points()), model, F.mse_loss, opt_func=sgd, cbs=[Autocast(bf16), kind])
+        with learn.no_bar(), learn.no_logging(): learn.fit(1)
+        test_eq((model.inside.dtype, set(kind.seen), model.weight.dtype), (inside, {torch.float32}, torch.float32))
 
 
 def test_the_folder():
