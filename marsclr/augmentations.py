@@ -196,7 +196,7 @@ def resample_by_kernel(
     flip:torch.Tensor,   # (B,) bool
     size:int,            # side of the views
     colours=None,        # (B, 3, 4) map of colours in [0, 255]; none by default
-    limits=((0, 0, 0), (255, 255, 255)), # what the result is clipped to
+    clip=((0, 0, 0), (255, 255, 255)), # what the result is clipped to
     out=None,            # (B, 3, size, size) float32, to be written over; new memory by default
 ) -> torch.Tensor: # (B, 3, size, size) float32
     "Crop, resize, flip, and map colours, in one pass"
@@ -204,7 +204,7 @@ def resample_by_kernel(
     shape = len(images),3,size,size
     if out is None: out = torch.empty(shape)
     if out.shape != shape: raise MarsclrError(f'the views to be written over are {tuple(out.shape)}: give memory of {shape}')
-    draw_views(*(o.contiguous().numpy() for o in (images, boxes, flip, colours)), *np.float32(limits), out.numpy())
+    draw_views(*(o.contiguous().numpy() for o in (images, boxes, flip, colours)), *np.float32(clip), out.numpy())
     return out
 
 def resample(

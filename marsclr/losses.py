@@ -33,7 +33,7 @@ def anchor_losses(
     left_out = same(clusters) if negatives == 'cluster' else torch.zeros_like(positive)
     left_out[itself] = True
     if not positive_below or negatives == 'cluster': left_out |= positive
-    lonely = (left_out | positive).all(1)
+    lonely = (left_out | positive).amin(1)
     s = a @ z.T
     below = s.masked_fill(left_out & ~lonely[:,None], -torch.inf).logsumexp(1)
     def pair(below, above): return (torch.logaddexp(below, above) if positive_below and negatives == 'cluster' else below) - above
