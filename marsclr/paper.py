@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['groups', 'key', 'paper_says', 'grid', 'config_of', 'draw_labels', 'run_facts', 'read_cells', 'missing', 'price',
-           'half_width', 'pm', 'less', 'summary', 'method_figure', 'labels_figure', 'changes', 'ablation_figure',
-           'pool_rates', 'draw_tables']
+           'half_width', 'pm', 'less', 'summary', 'method_figure', 'labels_figure', 'clusters_figure', 'changes',
+           'ablation_figure', 'pool_rates', 'fig5_figure', 'draw_tables']
 
 # %% ../nbs/07d_paper.ipynb #c2a8b0b1
 import hashlib, json, time
@@ -241,6 +241,30 @@ def labels_figure(
     axs[0,0].legend(fontsize=7)
     return fig
 
+# %% ../nbs/07d_paper.ipynb #0774217b
+def clusters_figure(
+    table:pd.DataFrame, # cells of fig5, and of the same methods with other numbers of clusters
+    beside=None,        # cells of methods without clusters, to be drawn as lines
+    k:dict={},          # clusters of methods whose name has none
+):
+    "Test accuracy (filled) and val accuracy (hollow) against the number of clusters: a dot is a seed"
+    packs = list(dict.fromkeys(table.pack))
+    table = table.assign(k=[recipe_of(o).get('k', k.get(o)) for o in table.method])
+    fig,axs = plt.subplots(1, len(packs), figsize=(1+3.4*len(packs), 2.8), dpi=80, squeeze=False, layout='constrained')
+    for ax,name in zip(axs[0], packs):
+        t,means = table[table.pack == name],table[table.pack == name].groupby('k')[['accuracy', 'val_accuracy']].mean()*100
+        for c,style in (('val_accuracy', dict(color='tab:blue', mfc='white')), ('accuracy', dict(color='black'))):
+            ax.plot(means[c], lw=1, color=style['color'], alpha=.5)
+            ax.plot(t.k, t[c]*100, 'o', ms=5, label=c.removesuffix('_accuracy').replace('accuracy', 'test'), **style)
+        for j,(method,o) in enumerate(beside[beside.pack == name].groupby('method', sort=False) if beside is not None else ()):
+            ax.axhline(o.accuracy.mean()*100, ls=('--', ':', '-.')[j % 3], color='tab:orange', lw=1.5, label=f'{method}, test')
+        ax.set(xscale='log', xlabel='clusters', ylabel='accuracy, %', title=name)
+        ax.set_xticks(sorted(t.k.unique()), sorted(t.k.unique()))
+        ax.minorticks_off()
+        ax.title.set_size(9)
+    axs[0,0].legend(fontsize=7)
+    return fig
+
 # %% ../nbs/07d_paper.ipynb #cbe85f29
 def changes(
     table:pd.DataFrame, # cells of one pack and share of labels
@@ -287,6 +311,16 @@ def pool_rates(
                        simulated=drawn.mean(), error=drawn.std()/len(drawn)**.5)
     return pd.DataFrame(rows).T.rename_axis('method').reset_index()
 
+# %% ../nbs/07d_paper.ipynb #4936b378
+def fig5_figure(
+    fig5:pd.DataFrame, # cells
+    fig3:pd.DataFrame, # cells; none are needed
+):
+    "Fig. 5, with what Fig. 3 knows: its own number of clusters, and equation 1 and DCL as lines"
+    of = fig3.method.map({'eq. 2, pixels + capture': 'point', 'eq. 1': 'line', 'DCL': 'line'})
+    k = {o: int(c.split('K=')[1]) for o,c in zip(fig3.method, fig3.clusters) if o == 'eq. 2, pixels + capture'} if len(fig3) else {}
+    return clusters_figure(pd.concat([fig5, fig3[of == 'point']]), fig3[of == 'line'], k)
+
 # %% ../nbs/07d_paper.ipynb #c4d11c07
 paper_says = {'MSL v2.1': {'eq. 1': 75.60, 'mixed-domain': 77.31, 'Curiosity only': 75.60, 'natural only': 76.54, 'half and half': 77.31},
               'HiRISE v3.2 subset': {'eq. 1': 89.70, 'mixed-domain': 90.53, 'Curiosity only': 89.70, 'natural only': 91.89, 'half and half': 90.53}}
@@ -296,7 +330,7 @@ def draw_tables(
     only,    # names of groups
 ) -> str: # the files
     "Print and draw what the cells that are there say"
-    made,figures = [],dict(fig4=labels_figure, ablations=ablation_figure)
+    made,figures = [],dict(fig4=labels_figure, fig5=lambda t: fig5_figure(t, read_cells(lab.to/'fig3.csv')), ablations=ablation_figure)
     for path in (lab.to/f'{o}.csv' for o in only):
         table,group = read_cells(path),path.stem
         shown = table if group == 'recommended' else table[table.labels == 100]

@@ -101,6 +101,10 @@ def test_pictures():
 
     labels_figure(read_cells(tmp/'fig4.csv'));
 
+    curve = table[table.seed == 42].assign(method=[f'eq. 2, capture, K={o}' for o in (5, 50, 500)])
+    fig = clusters_figure(curve, table[table.method == 'DCL'])
+    test_eq(fig.axes[0].get_xticks(), [5, 50, 500])
+
     few = dict(settings, groups=dict(ablations={f'eq. 1{o}': [42] for o in ('', ', temperature=0.5', ', epochs=2', ', layer=layer3')}))
     with capture_output(): lab.run(grid(few, ['ablations'], ['MarsYard']))
     ablations = read_cells(tmp/'ablations.csv')
