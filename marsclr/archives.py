@@ -42,6 +42,7 @@ def check_zip(
     if room is not None and total > room: raise MarsclrError(f'{path} unfolds to {total/1e9:.1f} GB, but {room/1e9:.1f} GB are free: make room')
     return entries
 
+# %% ../nbs/00c_archives.ipynb #58885017
 _unsound = (zipfile.BadZipFile, NotImplementedError, EOFError, UnicodeDecodeError, zlib.error, lzma.LZMAError)
 
 def unpack(
@@ -142,7 +143,7 @@ def draw(
     turn = pd.Series(names).groupby([o.split('/')[0] for o in names]).cumcount()
     return [names[i] for i in turn.sort_values(kind='stable').index]
 
-# %% ../nbs/00c_archives.ipynb #dfb8f9c7
+# %% ../nbs/00c_archives.ipynb #7516b9a1
 def _train_folder(source):
     source = Path(source)
     folder = source/'train' if (source/'train').is_dir() else source
@@ -154,6 +155,7 @@ def _train_folder(source):
     if strange: raise MarsclrError(f'{folder/strange[0]} is not named like a class of ImageNet (n and 8 digits): is this ImageNet?')
     return folder
 
+# %% ../nbs/00c_archives.ipynb #a9a5a224
 def describe(
     path, # an image file
 ) -> dict: # width, height, bytes, sha256
@@ -161,6 +163,17 @@ def describe(
     with Image.open(path) as im: width,height = im.size
     return dict(width=width, height=height, bytes=Path(path).stat().st_size, sha256=digest(path))
 
+def _copy_next(folder, names, to):
+    "Copy the first of `names` that is sound"
+    for name in names:
+        try: check_image(folder/name)
+        except Fault: continue
+        (to/name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(folder/name, to/name)
+        return dict(path=name, **describe(to/name))
+    raise MarsclrError(f'{folder} has too few sound images')
+
+# %% ../nbs/00c_archives.ipynb #dfb8f9c7
 def draw_imagenet(
     source,         # a copy of ImageNet, with `train/<wnid>/<file>` or `<wnid>/<file>`
     to=None,        # the folder to make, by default where the reader looks
@@ -179,13 +192,3 @@ def draw_imagenet(
         for _ in progress_bar(range(images), display=progress, leave=progress): rows.append(_copy_next(folder, rest, tmp))
         pd.DataFrame(rows).sort_values('path').to_csv(tmp/'table.csv', index=False)
     return imagenet(to)
-
-def _copy_next(folder, names, to):
-    "Copy the first of `names` that is sound"
-    for name in names:
-        try: check_image(folder/name)
-        except Fault: continue
-        (to/name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(folder/name, to/name)
-        return dict(path=name, **describe(to/name))
-    raise MarsclrError(f'{folder} has too few sound images')

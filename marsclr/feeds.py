@@ -155,6 +155,7 @@ def _each(fetcher, connections, func, items, progress, comment):
         raise
     finally: pool.shutdown(cancel_futures=True)
 
+# %% ../nbs/00e_feeds.ipynb #ef20c07d
 def latest_sol(
     fetcher:Fetcher,
     feed:Feed,
@@ -166,6 +167,7 @@ def latest_sol(
     found = page.get('latest_data') if isinstance(page.get('latest_data'), dict) else page
     return _number(found.get('latest_sol')) or 10**6
 
+# %% ../nbs/00e_feeds.ipynb #bb2015e6
 def list_sols(
     fetcher:Fetcher,
     feed:Feed,
@@ -188,6 +190,7 @@ def list_sols(
         return sol, None
     return {k: v for k,v in _each(fetcher, connections, one, list(sols), progress, 'sols listed') if v}
 
+# %% ../nbs/00e_feeds.ipynb #0dfd34d0
 def fetch_rows(
     fetcher:Fetcher,
     rows:list,      # with id, sol, url and perhaps sha256, which then has to be right
@@ -233,7 +236,7 @@ def write_table(
         with whole(to/'missing.csv') as tmp: pd.DataFrame(bad.items(), columns=['id', 'reason']).to_csv(tmp, index=False)
     return table
 
-# %% ../nbs/00e_feeds.ipynb #c89350a3
+# %% ../nbs/00e_feeds.ipynb #17f19baf
 def chosen(
     to,          # the archive's folder, with its sols listed
     sols,        # which
@@ -252,6 +255,7 @@ def chosen(
     found = list({o['id']: o for o in found}.values())
     return found, odd, short
 
+# %% ../nbs/00e_feeds.ipynb #532a6019
 def check_begun(
     to,    # the archive's folder
     asked, # what is asked for, as `fetch.json` shall have it
@@ -261,6 +265,7 @@ def check_begun(
     for k in asked:
         if before.get(k) != asked[k]: raise MarsclrError(f'{to} was begun with {k} {before.get(k)}, not {asked[k]}: give another folder')
 
+# %% ../nbs/00e_feeds.ipynb #c89350a3
 def fetch_rover(
     rover:str,      # perseverance or curiosity
     to,             # the archive's folder

@@ -95,7 +95,7 @@ def read_cameras(
         if o not in known: raise MarsclrError(f'--cameras {o}: {rover} has no such camera; near to it: {" ".join(get_close_matches(o, known, 3, .5)) or " ".join(known)}')
     return names
 
-# %% ../nbs/00f_fetch.ipynb #ec490495
+# %% ../nbs/00f_fetch.ipynb #ffb95b3f
 def _fetch_images(what, to, o, fetcher, connections):
     "One of the rovers"
     asked = presets.get(what) or dict(rover=what, sols=o['sols'] and read_sols(o['sols']), cameras=read_cameras(o['cameras'], what), full=not o['every_frame'],
@@ -106,6 +106,7 @@ def _fetch_images(what, to, o, fetcher, connections):
         raise MarsclrError(f'--size {size}: {rover} has {" ".join(sizes) if rover == "perseverance" else "full only"}')
     return fetch_rover(to=to, size=size, fetcher=fetcher, connections=connections, progress=True, **asked)
 
+# %% ../nbs/00f_fetch.ipynb #518e0883
 def _report(what, to, table, bad, short=()):
     if len(table): print(summary(table).to_string())
     print(f'{len(table)} images in {to}, with table.csv, which is their manifest')
@@ -115,6 +116,7 @@ def _report(what, to, table, bad, short=()):
         raise MarsclrError(f'{len(bad)} missing, see {Path(to)/"missing.csv"}; the first: {i}: {reason}. The same command asks for them again')
     if not len(table): raise MarsclrError(f'{what}: no such images')
 
+# %% ../nbs/00f_fetch.ipynb #ec490495
 @command
 def marsclr_fetch(
     what:str,          # perseverance, curiosity, paper-perseverance, paper-curiosity, msl, hirise or imagenet

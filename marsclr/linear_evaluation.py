@@ -152,7 +152,7 @@ def probe(
     else: predict,setting = fit_layers(x, y, 128 if kind == 'dense128' else 0, seed=seed)
     return ProbeResult(y['test'], predict(x['test']), classes, setting, float((predict(x['val']) == y['val']).mean()))
 
-# %% ../nbs/06_linear_evaluation.ipynb #ea8cb559
+# %% ../nbs/06_linear_evaluation.ipynb #ff236b93
 def load_projection(
     run, # a run folder
 ) -> ContrastiveModel: # encoder and head, images to projections
@@ -164,6 +164,17 @@ def load_projection(
     except (RuntimeError, KeyError, TypeError) as e: raise MarsclrError(f'{path} is not a checkpoint of this run ({one_line(e)})') from e
     return model.eval()
 
+# %% ../nbs/06_linear_evaluation.ipynb #d988090e
+def _write_result(to, result, table, **asked):
+    "What was asked and what came of it; the folder appears whole or not at all"
+    with whole(to) as tmp:
+        tmp.mkdir()
+        write_json(tmp/'summary.json', dict(**asked, **result.summary()))
+        result.per_class().to_csv(tmp/'per_class.csv')
+        pd.DataFrame(dict(path=table.path[(table.split == 'test') & (table.label >= 0)], truth=result.truth, predicted=result.predicted)).to_csv(tmp/'predictions.csv', index=False)
+        result.show().savefig(tmp/'confusion.png')
+
+# %% ../nbs/06_linear_evaluation.ipynb #ea8cb559
 @partial(command, several=True)
 def marsclr_probe(
     run:str,              # run folder of marsclr_pretrain, or `random` for random weights
@@ -191,12 +202,7 @@ def marsclr_probe(
         features = encode(encoder, data, size or None, progress=True)
         if rank(): return
     result = probe(features, data.table, data.classes, 'logistic' if kind == 'projection' else kind, seed)
-    with whole(to) as tmp:
-        tmp.mkdir()
-        write_json(tmp/'summary.json', dict(run=run, pack=data.name, kind=kind, stages=stages, size=size or data.size, **result.summary()))
-        result.per_class().to_csv(tmp/'per_class.csv')
-        pd.DataFrame(dict(path=data.table.path[(data.table.split == 'test') & (data.table.label >= 0)], truth=result.truth, predicted=result.predicted)).to_csv(tmp/'predictions.csv', index=False)
-        result.show().savefig(tmp/'confusion.png')
+    _write_result(to, result, data.table, run=run, pack=data.name, kind=kind, stages=stages, size=size or data.size)
     s = result.summary()
     print(f"{data.name}, {kind} probe of {'all stages of ' if stages else ''}{run}: accuracy {s['accuracy']:.1%} ({s['low']:.1%} to {s['high']:.1%}, {s['images']} test images), "
           f"balanced {s['balanced_accuracy']:.1%}, macro F1 {s['macro_f1']:.1%}; {to}")

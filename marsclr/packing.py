@@ -15,6 +15,7 @@ from pathlib import Path
 from threading import Condition
 
 import numpy as np, pandas as pd, torch
+from fastcore.basics import patch
 from fastprogress import progress_bar
 from PIL import Image, ImageOps
 from .core import MarsclrError, _to_disk, command, one_line, read_json
@@ -238,48 +239,53 @@ class _Growing:
         t = self.archive.table.iloc[self.good+self.bad:]
         return zip(t.path, t.itertuples(index=False, name=None))
 
-    def _keep(self):
-        "Go to the end of what fits; false where nothing does"
-        images,table,quarantine = self.files
-        there = (os.fstat(images.fileno()).st_size - len(self.heads[0]))//(3*self.size**2)
-        if _side(images) != self.size or any(f.read(len(h)) != h for f,h in zip(self.files[1:], self.heads[1:])): return False
-        for path,row in self._rows():
-            if self.good < there and _goes_on(table, _line([*row, ''])[:-1], rb'[0-9a-f]{64}\n'): self.good += 1
-            elif _goes_on(quarantine, _line([path, ''])[:-1], rb'.+\n'): self.bad += 1
-            else: break
-        images.seek(len(self.heads[0]) + self.good*3*self.size**2)
-        return self.good+self.bad > 0
-
-    def _settle(self, lines):
-        "The tables follow when the pixels are on the disk"
-        os.fsync(self.files[0].fileno())
-        for f,new in zip(self.files[1:], lines):
-            f.write(b''.join(new))
-            f.flush()
-        self.good,self.bad = self.good+len(lines[0]),self.bad+len(lines[1])
-
-    def add(self, parts):
-        "Write what is decoded as it comes; the disk settles it meanwhile"
-        rows,lines,size,settling,since = self._rows(),([], []),0,None,time.monotonic()
-        with ThreadPoolExecutor(1) as disk:
-            for pixels,notes in parts:
-                if any(reason for _,reason in notes) and not Path(self.archive.root).is_dir():
-                    raise FileNotFoundError(f'{self.archive.root} has vanished: when it is back, the same command goes on')
-                self.files[0].write(pixels)
-                for (sha,reason),(path,row) in zip(notes, rows): lines[reason != ''].append(_line([path, reason] if reason else [*row, sha]))
-                size += len(pixels)
-                if size >= self.rest or time.monotonic() > since+1:
-                    if settling: settling.result()
-                    self.files[0].flush()
-                    settling,lines,size,since = disk.submit(self._settle, lines),([], []),0,time.monotonic()
-            if settling: settling.result()
-            self.files[0].flush()
-            self._settle(lines)
-
     def close(self):
         self.files[0].seek(0)
         self.files[0].write(_header(self.good, self.size))
         for f in self.files: f.close()
+
+# %% ../nbs/00b_packing.ipynb #938ca45d
+@patch
+def _keep(self:_Growing):
+    "Go to the end of what fits; false where nothing does"
+    images,table,quarantine = self.files
+    there = (os.fstat(images.fileno()).st_size - len(self.heads[0]))//(3*self.size**2)
+    if _side(images) != self.size or any(f.read(len(h)) != h for f,h in zip(self.files[1:], self.heads[1:])): return False
+    for path,row in self._rows():
+        if self.good < there and _goes_on(table, _line([*row, ''])[:-1], rb'[0-9a-f]{64}\n'): self.good += 1
+        elif _goes_on(quarantine, _line([path, ''])[:-1], rb'.+\n'): self.bad += 1
+        else: break
+    images.seek(len(self.heads[0]) + self.good*3*self.size**2)
+    return self.good+self.bad > 0
+
+# %% ../nbs/00b_packing.ipynb #05473102
+@patch
+def _settle(self:_Growing, lines):
+    "The tables follow when the pixels are on the disk"
+    os.fsync(self.files[0].fileno())
+    for f,new in zip(self.files[1:], lines):
+        f.write(b''.join(new))
+        f.flush()
+    self.good,self.bad = self.good+len(lines[0]),self.bad+len(lines[1])
+
+@patch
+def add(self:_Growing, parts):
+    "Write what is decoded as it comes; the disk settles it meanwhile"
+    rows,lines,size,settling,since = self._rows(),([], []),0,None,time.monotonic()
+    with ThreadPoolExecutor(1) as disk:
+        for pixels,notes in parts:
+            if any(reason for _,reason in notes) and not Path(self.archive.root).is_dir():
+                raise FileNotFoundError(f'{self.archive.root} has vanished: when it is back, the same command goes on')
+            self.files[0].write(pixels)
+            for (sha,reason),(path,row) in zip(notes, rows): lines[reason != ''].append(_line([path, reason] if reason else [*row, sha]))
+            size += len(pixels)
+            if size >= self.rest or time.monotonic() > since+1:
+                if settling: settling.result()
+                self.files[0].flush()
+                settling,lines,size,since = disk.submit(self._settle, lines),([], []),0,time.monotonic()
+        if settling: settling.result()
+        self.files[0].flush()
+        self._settle(lines)
 
 # %% ../nbs/00b_packing.ipynb #80706284
 @contextmanager

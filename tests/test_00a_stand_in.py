@@ -4,6 +4,7 @@ import email.utils, io, json, random, socket, struct, threading, time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
 import numpy as np
+from fastcore.basics import patch
 from PIL import Image
 from marsclr.marsyard import marsyard
 import requests
@@ -12,6 +13,15 @@ from marsclr.stand_in import *
 
 
 def test_the_server():
+    def drawn(seed):
+        server = StandIn({}, share=.4, seed=seed)
+        server.http.server_close()
+        return [server.fault()[0] for _ in range(12)]
+
+    test_eq(drawn(1), drawn(1))
+    assert drawn(1) != drawn(2)
+    drawn(1)
+
     with StandIn({'/a.jpg': b'0123456789'}) as server:
         whole,rest = requests.get(server.url+'/a.jpg'),requests.get(server.url+'/b.jpg')
         part = requests.get(server.url+'/a.jpg', headers={'Range': 'bytes=4-', 'If-Range': whole.headers['ETag']})

@@ -5,6 +5,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from urllib.parse import urlsplit
 import requests
+from fastcore.basics import patch
 from filelock import FileLock, Timeout
 from PIL import Image
 from requests.adapters import HTTPAdapter
@@ -19,6 +20,13 @@ from marsclr.stand_in import StandIn, pictures
 from marsclr.downloads import *
 
 
+def test_one_address_again_and_again():
+    slow = Fetcher(rate=.1)
+    places = [round(slow.hold(0)) for _ in range(3)]
+    slow.hold(60)
+    test_eq([*places, round(slow.hold(0))], [0, 10, 20, 60])
+
+
 def test_pages():
     global fetcher, quick
     quick = dict(rate=1000, wait=.01, patience=.3)
@@ -28,6 +36,11 @@ def test_pages():
         got = [get_json(fetcher, server.url+'/page', n=i)['n'] for i in range(10)]
     test_eq(got, list(range(10)))
     f'{len(server.log)} requests for 10 pages, failed: {" ".join(o["fault"] for o in server.log if o["fault"])}'
+
+    began = time.monotonic()
+    with expect_fail(Offline, 'no connection to 127.0.0.1:9'): get_json(Fetcher(wait=.1), 'http://127.0.0.1:9/x')
+    with expect_fail(Offline, 'no connection to nowhere.invalid'): get_json(Fetcher(wait=.1), 'http://nowhere.invalid/x')
+    assert time.monotonic()-began < 10
 
 
 def test_files():
@@ -58,11 +71,6 @@ def test_files():
     with StandIn({'/0.jpg': jpeg[0]}) as server:
         with expect_fail(Fault, 'its md5 is'): get_file(Fetcher(**quick, tries=2), server.url+'/0.jpg', tmp/'x.jpg', check_digest('md5:'+'0'*32))
     assert not list(tmp.glob('*x.jpg*'))
-
-    began = time.monotonic()
-    with expect_fail(Offline, 'no connection to 127.0.0.1:9'): get_json(Fetcher(wait=.1), 'http://127.0.0.1:9/x')
-    with expect_fail(Offline, 'no connection to nowhere.invalid'): get_json(Fetcher(wait=.1), 'http://nowhere.invalid/x')
-    assert time.monotonic()-began < 10
 
 
 def test_a_folder_for_one():

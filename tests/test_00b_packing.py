@@ -7,6 +7,7 @@ from contextlib import closing, contextmanager, nullcontext, suppress
 from pathlib import Path
 from threading import Condition
 import numpy as np, pandas as pd, torch
+from fastcore.basics import patch
 from fastprogress import progress_bar
 from PIL import Image, ImageOps
 from marsclr.core import MarsclrError, _to_disk, command, one_line, read_json

@@ -58,6 +58,11 @@ def test_rows_that_can_be_trusted():
 
 
 def test_the_whole_archive():
+    for rover in feeds:
+        with rover_stand_in(rover, [7, 8], each=1) as server:
+            os.environ['MARSCLR_MIRROR'] = server.url
+            test_eq(latest_sol(Fetcher(**quick), feeds[rover]), 8)
+
     tmp = Path(tempfile.mkdtemp())
     server = rover_stand_in('perseverance', range(10, 14), each=20, size=64, feed=dict(cap=10, late=3, total_off=2), share=.1)
     with server:
@@ -78,6 +83,8 @@ def test_the_whole_archive():
         ax.imshow(Image.open(tmp/'perseverance'/o.path))
         ax.set_title(f'{o.camera.split("_")[0]}, sol {o.sol}', fontsize=6)
         ax.set_axis_off()
+
+    with expect_fail(MarsclrError, 'was begun with seed 42, not 7'): fetch_rover('perseverance', tmp/'perseverance', (10, 99), seed=7)
 
     del os.environ['MARSCLR_MIRROR']
     shutil.rmtree(tmp)

@@ -30,7 +30,7 @@ from marsclr.linear_evaluation import *
 
 
 def test_features_once():
-    global features, pack, tmp
+    global encoder, features, pack, tmp
     tmp = Path(tempfile.mkdtemp())
     pack = pack_archive(msl(write_marsyard(tmp/'yard', n=800, size=64)), tmp/'pack', size=64)
     torch.manual_seed(0)
@@ -70,6 +70,11 @@ def test_from_features_to_a_result():
 
 
 def test_from_the_command_line():
+    (tmp/'run').mkdir()
+    write_json(tmp/'run/config.json', dict(backbone='resnet18', projection_layers=2, projection_dim=128))
+    torch.save(dict(model=ContrastiveModel(encoder, projection_head(512, 2, 128)).state_dict()), tmp/'run/checkpoint.pt')
+    test_eq(load_projection(tmp/'run')(torch.zeros(1, 3, 64, 64)).shape, (1, 128))
+
     marsclr_probe(['random', f'{tmp}/pack', '--to', f'{tmp}/probe', '--seed', '0'])
     test_eq(sorted(o.name for o in (tmp/'probe').iterdir()), ['confusion.png', 'per_class.csv', 'predictions.csv', 'summary.json'])
     test_close(read_json(tmp/'probe/summary.json')['accuracy'], result.accuracy, eps=.02)
