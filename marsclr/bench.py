@@ -22,7 +22,7 @@ from .losses import NTXentLoss
 from .marsyard import marsyard
 
 # %% ../nbs/09_speed.ipynb #b11874f4
-peers = ('lightly', 'pytorch-metric-learning', 'torchvision')
+peers = ('lightly', 'pytorch-metric-learning', 'kornia', 'torchvision')
 
 def machine() -> dict:
     "What was measured on: processor, threads, versions"
@@ -157,8 +157,12 @@ def augment_cases(
     def on_tensors():
         one = compose(v2, size, last=(v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)))
         return lambda: [one(o) for o in tensors.permute(0, 3, 1, 2)]
+    def kornia():
+        from kornia import augmentation as K
+        all_at_once = K.AugmentationSequential(K.RandomResizedCrop((size, size), (.08, 1)), K.RandomHorizontalFlip(), K.ColorJitter(.8, .8, .8, .2, p=.8), K.RandomGrayscale(p=.2), K.Normalize(mean, std))
+        return lambda: all_at_once(tensors.permute(0, 3, 1, 2)/255)
     decode = transforms.Lambda(lambda o: Image.open(io.BytesIO(o)).convert('RGB'))
-    return installed({'marsclr': ours, 'lightly': lightly, 'lightly, no blur': partial(lightly, gaussian_blur=0.), 'torchvision, PIL': on_pictures, 'torchvision v2, uint8': on_tensors,
+    return installed({'marsclr': ours, 'lightly': lightly, 'lightly, no blur': partial(lightly, gaussian_blur=0.), 'torchvision, PIL': on_pictures, 'torchvision v2, uint8': on_tensors, 'kornia, batched': kornia,
                       'torchvision, PIL, from 1024 px JPEG': lambda: on_pictures((decode,), files)})
 
 def jpeg(

@@ -273,7 +273,7 @@ def marsclr_bench(
     image_size:int=64,    # side of the views, pixels
     batch_size:int=128,   # images in a batch
 ):
-    "Speed and memory beside the peers that are installed (pip install lightly pytorch-metric-learning), on this machine, in one run"
+    "Speed and memory beside the peers that are installed (pip install lightly pytorch-metric-learning kornia), on this machine, in one run"
     benches = dict(loss=(bench_loss, 'views'), augment=(bench_augment, 'view'), train=(bench_train, 'view'), features=(bench_features, 'images'), kmeans=(bench_kmeans, 'images'), pack=(bench_pack, 'images'))
     if what not in benches: raise MarsclrError(f'{what!r} is not known: choose from {" ".join(benches)}')
     for k,v in dict(rounds=rounds, threads=threads, image_size=image_size, batch_size=batch_size).items():
