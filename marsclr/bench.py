@@ -38,12 +38,15 @@ def take_turns(
     cases:dict,   # functions by name
     rounds:int=7,
     warmup:int=1, # rounds that do not count
+    tidy=lambda: None, # called after each call; its time does not count
 ) -> pd.DataFrame: # (rounds, cases) seconds
     "Call each case once a round; the rounds begin with different ones"
     def seconds(f):
         began = time.perf_counter()
         f()
-        return time.perf_counter()-began
+        took = time.perf_counter()-began
+        tidy()
+        return took
     names = list(cases)
     def turn(r): return {name: seconds(cases[name]) for name in names[r % len(names):] + names[:r % len(names)]}
     return pd.DataFrame([turn(r) for r in range(warmup+rounds)][warmup:])[names]

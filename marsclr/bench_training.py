@@ -195,9 +195,7 @@ def pack_cases(
     workers:int,
 ) -> dict: # functions by name
     "Packing, and what of it is decoding"
-    def ours():
-        pack_archive(archive, to/'pack', size, workers)
-        shutil.rmtree(to/'pack')
+    def ours(): pack_archive(archive, to/'pack', size, workers)
     def one(path):
         im = Image.open(path)
         im.draft('RGB', (size, size))
@@ -218,7 +216,7 @@ def bench_train(rounds):
         tables.append(t.assign(images_per_s=1000/t.median_ms))
         print(tables[-1].round(2).to_string(index=False), flush=True)
     memory = [dict(case='marsclr', view=64, backbone='resnet18', batch=128, epochs=n, peak_MiB=train_memory(n)) for n in (2, 20)]
-    return pd.concat([*tables, pd.DataFrame(memory)], ignore_index=True)
+    return pd.concat([*tables, pd.DataFrame(memory)], ignore_index=True).assign(precision='bf16' if fast_bf16('cpu') else 'fp32')
 
 def bench_features(rounds, large=100_000):
     pack = yard_images(2048, 64)
@@ -242,7 +240,7 @@ def bench_pack(rounds):
     with tempfile.TemporaryDirectory() as folder:
         real = (data_root()/'curiosity').is_dir()
         archive = rovers() if real else msl(write_marsyard(Path(folder)/'yard', n=2000, size=256))
-        t = summary(take_turns(pack_cases(archive, Path(folder), 192, torch.get_num_threads()), rounds), len(archive), images=len(archive), source='rovers' if real else 'MarsYard')
+        t = summary(take_turns(pack_cases(archive, Path(folder), 192, torch.get_num_threads()), rounds, tidy=lambda: shutil.rmtree(Path(folder)/'pack', ignore_errors=True)), len(archive), images=len(archive), source='rovers' if real else 'MarsYard')
         setup = f"from pathlib import Path\nfrom marsclr import bench_training as b\narchive = {'b.rovers()' if real else f'b.msl({str(archive.root)!r})'}"
         alone = measure_alone(setup, f"b.pack_cases(archive, Path({folder!r}), 192, {torch.get_num_threads()})['marsclr']()")
     return t.assign(images_per_s=1000/t.median_ms, peak_MiB=[alone['peak_MiB'], None])

@@ -66,7 +66,8 @@ def test_features_and_their_clusters():
 def test_from_the_command_line():
     with tempfile.TemporaryDirectory() as folder:
         archive = msl(write_marsyard(Path(folder)/'yard', n=60, size=96))
-        print(summary(take_turns(pack_cases(archive, Path(folder), 64, 2), 2), 60).round(2).to_string())
+        turns = take_turns(pack_cases(archive, Path(folder), 64, 2), 2, tidy=lambda: shutil.rmtree(f'{folder}/pack', ignore_errors=True))
+        print(summary(turns, 60).round(2).to_string())
 
     for line,message in (('gpu', "'gpu' is not known"), ('loss --rounds 0', '--rounds 0'), ('loss --to table.txt', 'ends in .csv'), ('loss --explain', '--explain goes with train')):
         with expect_fail(SystemExit, message): marsclr_bench(line.split())
