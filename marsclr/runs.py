@@ -131,7 +131,7 @@ class RunFolder(Callback):
     def before_epoch(self): self.began,self.before = time.perf_counter(),self.seen
 
     def after_batch(self):
-        self.pending.append(self.loss.detach())
+        self.pending.append(self.loss.detach().as_subclass(torch.Tensor))
         self.seen += 1
         due,last = self.save_every and self.seen % self.save_every == 0, self.seen == len(self.dls.train)
         stop = (due or last or self.seen % self.look_every == 0) and self.look()
@@ -257,7 +257,7 @@ def _open_run(run, config, result):
         old = read_json(run/'config.json')
         for k in config:
             if old.get(k) != config[k] and k != 'marsclr':
-                raise MarsclrError(f'{run} is a run of another configuration ({k} is {old.get(k)!r} there, {config[k]!r} here): give another run folder')
+                raise MarsclrError(f'{run} is a run of another configuration ({k} is {old.get(k)!r} there, {config[k]!r} here): give it the same, or another run folder')
     elif run.exists() and (not run.is_dir() or any(not o.name.startswith('.') for o in run.iterdir())):
         raise MarsclrError(f'{run} exists and is not a run: give another run folder')
     else: write_json(run/'config.json', config)

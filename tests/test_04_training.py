@@ -22,6 +22,7 @@ import shutil, tempfile
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, timm
 from fastai.callback.core import CancelFitException
 from fastcore.test import *
+from marsclr.core import read_json
 from marsclr.datasets import msl
 from marsclr.encoders import load_encoder
 from marsclr.marsyard import write_marsyard
@@ -103,6 +104,11 @@ def test_the_whole_of_it_as_a_command():
     plain = timm.create_model('resnet10t', num_classes=0, checkpoint_path=run/'encoder.safetensors').eval()
     test_eq(plain.state_dict()['conv1.0.weight'], load_encoder(run).state_dict()['conv1.0.weight'])
     pd.read_csv(run/'log.csv')
+
+    config = read_json(run/'config.json')
+    test_eq(config['precision'], 'bf16' if fast_bf16('cpu') else 'fp32')
+    other = 'fp32' if fast_bf16('cpu') else 'bf16'
+    with expect_fail(MarsclrError, f'precision is {config["precision"]!r} there, {other!r} here: give it the same'): pretrain(f'{tmp}/pack', f'{tmp}/run', precision=other, **settings)
 
 
 def test_what_is_refused():

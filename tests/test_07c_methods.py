@@ -66,6 +66,11 @@ def test_supervised_from_scratch():
     assert r.accuracy > np.bincount(r.truth).max()/len(r.truth)
     round(r.accuracy, 2)
 
+    weights = (run/'encoder.safetensors').read_bytes()
+    (run/'encoder.safetensors').unlink()
+    with capture_output(): supervised(packs['MarsYard'], tmp/'sup', 'resnet10t', 32, 10, 16, warmup=10)
+    test_eq((run/'encoder.safetensors').read_bytes(), weights)
+
 
 def test_from_a_method_to_an_encoder():
     kinds = 'random weights', 'eq. 1', 'DCL', 'half and half', 'eq. 2, pixels + capture', 'attraction, pixels + capture', 'eq. 2, true classes'
