@@ -37,7 +37,7 @@ def fast_bf16(
 ) -> bool: # a CPU without kernels for it takes many times as long as in float32
     "Does a device have kernels for bfloat16?"
     kind = torch.device(device).type
-    if kind == 'cpu': return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if kind == 'cpu': return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return kind != 'cuda' or torch.cuda.get_device_capability(device) >= (8, 0)
 
 # %% ../nbs/01a_encoders.ipynb #bf37ee6f
