@@ -7,7 +7,7 @@ __all__ = ['pick_device', 'fast_bf16', 'conv_by_matrix', 'Conv2d', 'small_maps_b
            'projection_head', 'ContrastiveModel', 'save_encoder', 'load_encoder', 'encode', 'encode_to']
 
 # %% ../nbs/01a_encoders.ipynb #fe9cfe84
-import difflib, os
+import difflib, os, re
 from pathlib import Path
 
 import numpy as np, timm, torch
@@ -34,11 +34,13 @@ def pick_device(
 # %% ../nbs/01a_encoders.ipynb #9e49a0de
 def fast_bf16(
     device, # 'cpu', 'cuda', ...
-) -> bool: # a CPU without kernels for it takes many times as long as in float32
-    "Does a device have kernels for bfloat16?"
-    kind = torch.device(device).type
-    if kind == 'cpu': return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return kind != 'cuda' or torch.cuda.get_device_capability(device) >= (8, 0)
+) -> bool: # a CPU without takes many times as long as in float32
+    "Does a device have instructions for bfloat16, and torch kernels that use them?"
+    kind,cpu = torch.device(device).type,Path('/proc/cpuinfo')
+    if kind == 'cuda': return torch.cuda.get_device_capability(device) >= (8, 0)
+    if kind != 'cpu': return True
+    known = not cpu.exists() or re.search(r'\b(avx512_|amx_)?bf16\b', cpu.read_text()) is not None
+    return known and torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 # %% ../nbs/01a_encoders.ipynb #bf37ee6f
 def conv_by_matrix(
@@ -158,10 +160,10 @@ def load_encoder(
 # %% ../nbs/01a_encoders.ipynb #59a8f951
 def _batches(encoder, pack, rows, size, bs, device, progress):
     "Features of some rows, a batch at a time"
-    training = encoder.training
+    training,fast = encoder.training,fast_bf16(device)
     encoder.to(device, memory_format=torch.channels_last).eval()
     for i in progress_bar(range(0, len(rows), bs), display=progress, leave=progress):
-        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=fast_bf16(device)):
+        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=fast):
             x = encoder(whole_views(pack[np.array(rows[i:i+bs])].to(device), size))
         yield x.float().cpu()
     encoder.train(training)
