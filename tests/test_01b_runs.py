@@ -8,7 +8,7 @@ import numpy as np, torch
 from fastai.callback.core import Callback, CancelEpochException
 from fastai.callback.progress import ProgressCallback
 from fastai.distributed import DistributedDL
-from fastai.learner import Learner
+from fastai.learner import AvgSmoothLoss, Learner
 from fastai.torch_core import to_device
 from fastcore.basics import patch
 from fastcore.imports import IN_NOTEBOOK, noop
@@ -18,10 +18,12 @@ from marsclr.encoders import fast_bf16
 from marsclr.packing import Pack
 from marsclr.processes import agree, any_of_all, decided, rank, world
 import signal, tempfile
+from types import SimpleNamespace
 import pandas as pd
 from fastai.callback.core import CancelFitException
 from fastai.data.core import DataLoaders
 from fastai.optimizer import OptimWrapper
+from fastai.torch_core import to_detach
 from fastcore.test import *
 from torch import nn
 from torch.nn import functional as F
@@ -72,6 +74,17 @@ def test_a_loader_with_a_place():
     test_eq(np.sort(loader.rows(0).ravel()), np.arange(256))
     assert (loader.rows(0) != loader.rows(1)).any()
     with expect_fail(MarsclrError, 'larger than the pack'): PackLoader(pack, 512)
+
+    def smoothed(metric, losses):
+        metric.reset()
+        for o in losses: metric.accumulate(SimpleNamespace(loss=o, to_detach=to_detach))
+        return metric.value
+
+    losses = torch.tensor([4., 2., 3.])
+    test_eq(smoothed(SmoothLoss(), losses), smoothed(AvgSmoothLoss(), losses))
+    nowhere = [torch.empty((), device='meta')]
+    test_eq(smoothed(SmoothLoss(), nowhere).device.type, 'meta')
+    with expect_fail(NotImplementedError): smoothed(AvgSmoothLoss(), nowhere)
 
 
 def test_half_the_precision():
