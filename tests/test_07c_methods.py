@@ -69,7 +69,7 @@ def test_supervised_from_scratch():
     weights = (run/'encoder.safetensors').read_bytes()
     (run/'encoder.safetensors').unlink()
     with capture_output(): supervised(packs['MarsYard'], tmp/'sup', 'resnet10t', 32, 10, 16, warmup=10)
-    test_eq((run/'encoder.safetensors').read_bytes(), weights)
+    assert (run/'encoder.safetensors').read_bytes() == weights
 
 
 def test_from_a_method_to_an_encoder():
