@@ -97,7 +97,13 @@ def kmeans(
     km = faiss.Kmeans(x.shape[1], k, niter=20, nredo=tries, seed=seed, min_points_per_centroid=1, max_points_per_centroid=len(x))
     km.train(x)
     squared,ids = km.index.search(x, 1)
-    return ids[:,0].astype(np.int64), np.sqrt(squared[:,0].clip(0)).astype(np.float32)
+    alike = _first_alike(x)
+    return ids[alike,0].astype(np.int64), np.sqrt(squared[alike,0].clip(0)).astype(np.float32)
+
+def _first_alike(x):
+    "Of each row, the first one that has the same numbers"
+    seen = {}
+    return np.array([seen.setdefault(hash(o.tobytes()), i) for i,o in enumerate(x)])
 
 def feature_clusters(
     features:torch.Tensor, # (N, D), of any encoder

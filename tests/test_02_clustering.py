@@ -16,6 +16,7 @@ from marsclr.encoders import create_encoder, encode
 from marsclr.marsyard import write_marsyard
 from marsclr.packing import pack_archive
 from marsclr.clustering import *
+from marsclr.clustering import _first_alike
 
 
 def test_one_number_an_image():
@@ -67,6 +68,12 @@ def test_from_features_k_means():
     with expect_fail(MarsclrError, '700 clusters of 600 images'): feature_clusters(features, pack, 700)
     with expect_fail(MarsclrError, 'NaN'): feature_clusters(features*torch.nan, pack, 3)
     found
+
+    bursts = np.repeat(np.random.default_rng(0).standard_normal((30, 768), np.float32), 7, axis=0)
+    test_eq(_first_alike(bursts), np.arange(210)//7*7)
+    for seed in range(5):
+        ids = kmeans(bursts, 25, seed)[0].reshape(30, 7)
+        assert (ids == ids[:,:1]).all()
 
 
 def test_why_whiten():
