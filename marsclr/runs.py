@@ -123,7 +123,7 @@ class Autocast(Callback):
         self.cast.__enter__()
     def after_pred(self):
         self.cast.__exit__(None, None, None)
-        self.learn.pred = self.pred.float()
+        if self.on: self.learn.pred = self.pred.float()
 
 # %% ../nbs/01b_runs.ipynb #aabfa55f
 class RunFolder(Callback):
