@@ -31,6 +31,7 @@ def execute(line, mirror, out):
     "The command, in a process that multiprocessing made"
     for fd in (1, 2): os.dup2(os.open(out, os.O_CREAT | os.O_WRONLY | os.O_APPEND), fd)
     os.environ['MARSCLR_MIRROR'] = mirror
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are born without
     marsclr_fetch(f'{line} {QUICK}'.split())
 
 
