@@ -58,9 +58,10 @@ def shows(cell) -> str:
     return '' if checks(body[-1:]) else 'maybe' if isinstance(body[-1].value, ast.Call) else 'surely'
 
 def faults(path:Path) -> list[str]:
-    "Signs that a notebook was saved with an error, or without being run."
+    "Signs that a notebook was saved with an error, with the warnings of one machine, or without being run."
     cells = code_cells(nbformat.read(path, 4))
     res = [f'error in the output of {o.source[:60]!r}' for o in cells if any(x.output_type == 'error' for x in o.outputs)]
+    res += [f'a warning in the output of {o.source[:60]!r}' for o in cells if any(x.get('name') == 'stderr' for x in o.outputs)]
     res += [f'not run: no output under {o.source[-60:]!r}' for o in cells if shows(o) == 'surely' and not o.outputs]
     if not any(o.outputs for o in cells) and any(map(shows, cells)): res.append('not run: no cell has an output')
     return res
