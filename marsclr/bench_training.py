@@ -216,7 +216,7 @@ def bench_train(rounds):
         t = summary(take_turns(train_cases(pack, backbone, size, bs, torch.get_num_threads()), rounds, 2), len(pack), view=size, backbone=backbone, batch=bs)
         tables.append(t.assign(images_per_s=1000/t.median_ms))
         print(tables[-1].round(2).to_string(index=False), flush=True)
-    memory = [dict(case='marsclr', view=64, backbone='resnet18', batch=128, epochs=n, peak_MiB=train_memory(n)) for n in (2, 20)]
+    memory = [dict(case='marsclr', view=64, backbone='resnet18', batch=128, epochs=n, peak_MiB=train_memory(n)) for n in (2, 20, 60)]
     return pd.concat([*tables, pd.DataFrame(memory)], ignore_index=True).assign(precision='bf16' if fast_bf16('cpu') else 'fp32')
 
 def bench_features(rounds, large=100_000):
