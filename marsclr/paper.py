@@ -31,9 +31,9 @@ groups = dict(
     fig4={'eq. 1': [42], 'eq. 2, pixels + capture': [42], 'random weights': [42]},
     fig5={f'eq. 2, pixels + capture, K={k}': [42] for k in (5, 50, 150, 300, 1000)},
     fig8={'eq. 1': [42]},
-    ablations={'eq. 1': [42], **{f'eq. 1, {o}': [42] for o in (
+    ablations={o: [42] for o in ('eq. 1', *(f'eq. 1, {o}' for o in (
         'temperature=0.1', 'temperature=0.5', 'crop_max=1', 'colour_strength=0', 'colour_strength=1', 'batch_size=128', 'epochs=24', 'image_size=96', 'projection_layers=1',
-        'layer=layer2', 'layer=layer3', 'layer=all')}},
+        'layer=layer2', 'layer=layer3', 'layer=all')), 'eq. 2, pixels + capture', 'eq. 2, pixels + capture, refresh=2')},
     recommended={'recommended': [42], 'DCL, layer=all': [42], 'random weights, layer=all': [42]})
 
 key = ['method', 'seed', 'pack', 'labels', 'draw']

@@ -11,22 +11,25 @@ from fastai.optimizer import OptimWrapper
 from fastcore.foundation import L
 from marsclr import __version__
 from marsclr.augmentations import Views
-from marsclr.clustering import load_clusters
+from marsclr.clustering import capture_clusters, kmeans, load_clusters, pool_groups
 from marsclr.core import MarsclrError
 from marsclr.encoders import ContrastiveModel, create_encoder, encode, fast_bf16, pick_device, projection_head, save_encoder
 from marsclr.losses import losses
 from marsclr.packing import Pack, concat_packs, load_pack
-from marsclr.processes import joined, rank
+from marsclr.processes import decided, joined, rank
 from marsclr.runs import Autocast, PackLoader, RunFolder, RunLearner, bare, open_run, show_progress
 import shutil, tempfile
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, timm
 from fastai.callback.core import CancelFitException
 from fastcore.test import *
+from marsclr.cluster_quality import pair_quality
+from marsclr.clustering import feature_clusters, pixel_features
 from marsclr.core import read_json
 from marsclr.datasets import msl
 from marsclr.encoders import load_encoder
 from marsclr.marsyard import write_marsyard
 from marsclr.packing import pack_archive
+from marsclr.runs import load_checkpoint
 from marsclr.training import *
 
 
@@ -76,6 +79,7 @@ def test_is_it_learning_anything_ask_the_neighbours():
 
 
 def test_a_run_that_survives():
+    global StopAfter, weights
     class StopAfter(Callback):
         "Pull the plug after so many steps"
         order = 100
@@ -96,6 +100,30 @@ def test_a_run_that_survives():
     logs[1]
 
 
+def test_clusters_that_follow_the_encoder():
+    global given, learn
+    given = feature_clusters(pixel_features(pack), pack, 12)
+
+    def refreshed(name, stop=100):
+        torch.manual_seed(0)
+        model = ContrastiveModel(create_encoder('resnet10t'), projection_head(512))
+        cbs = [RefreshClusters(pack, given.k, every=2), RunFolder(tmp/name, save_every=1), StopAfter(stop)]
+        learn = contrastive_learner(pack, model, losses['cluster_aware'](temperature=.2), Views(32, scale=(.2, 1), strength=.5), given.ids, 64, 1e-3, device='cpu', cbs=cbs)
+        with learn.no_bar(), learn.no_logging(): learn.fit(3)
+        return learn
+
+    learn = refreshed('refreshed')
+    followed,label = learn.two_views.clusters.numpy(),pack.table.label.to_numpy()
+    bursts = capture_clusters(pack).ids
+    assert (pd.Series(followed).groupby(bursts).nunique() == 1).all() and followed.max()+1 == given.k
+    pd.DataFrame({name: pair_quality(ids, label) for name,ids in dict(given=given.ids, followed=followed).items()}).T[['caught', 'swallowed']].round(3)
+
+    refreshed('pieces', stop=10)
+    pieces = refreshed('pieces')
+    test_eq(pieces.two_views.clusters, learn.two_views.clusters)
+    test_eq(weights(pieces), weights(learn))
+
+
 def test_the_whole_of_it_as_a_command():
     global settings
     settings = dict(backbone='resnet10t', image_size=32, epochs=2, batch_size=64, temperature=.2, knn=f'{tmp}/pack', device='cpu')
@@ -110,11 +138,17 @@ def test_the_whole_of_it_as_a_command():
     other = 'fp32' if fast_bf16('cpu') else 'bf16'
     with expect_fail(MarsclrError, f'precision is {config["precision"]!r} there, {other!r} here'): pretrain(f'{tmp}/pack', f'{tmp}/run', precision=other, **settings)
 
+    given.save(tmp/'given.npz')
+    run = pretrain(f'{tmp}/pack', f'{tmp}/followed', loss='cluster_aware', clusters=f'{tmp}/given.npz', refresh=1, **settings)
+    last = load_checkpoint(run/'checkpoint.pt')['callbacks']['refresh_clusters']['clusters']
+    assert len(last) == len(given) and (last.numpy() != given.ids).any()
+
 
 def test_what_is_refused():
     with expect_fail(MarsclrError, 'temperature is 0.2 there, 0.5 here'): pretrain(f'{tmp}/pack', f'{tmp}/run', **{**settings, 'temperature': .5})
     with expect_fail(MarsclrError, "--loss 'simclr' is not known: choose from ntxent dcl"): pretrain(f'{tmp}/pack', f'{tmp}/new', loss='simclr')
     with expect_fail(MarsclrError, 'needs clusters'): pretrain(f'{tmp}/pack', f'{tmp}/new', loss='cluster_aware', **settings)
+    with expect_fail(MarsclrError, '--refresh 2 needs clusters to begin with'): pretrain(f'{tmp}/pack', f'{tmp}/new', refresh=2, **settings)
     with expect_fail(MarsclrError, 'exists and is not a run'): pretrain(f'{tmp}/pack', f'{tmp}/pack', **settings)
     assert not (tmp/'new').exists()
 
