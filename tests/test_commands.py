@@ -1,44 +1,28 @@
 "The console scripts as their users meet them: what they offer, and one clear line where the input is bad."
 import inspect
 import json
-import multiprocessing
 import os
 import pickle
 import shutil
 import subprocess
 import sys
 from contextlib import suppress
-from importlib.metadata import entry_points
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from forked import Script, scripts
+
 from marsclr.marsyard import write_marsyard
 
-scripts = {o.name: o for o in entry_points(group='console_scripts') if o.name.startswith('marsclr_')}
-forks = multiprocessing.get_context('forkserver')  # imports torch once; each command is then a process of its own, without the wait
-forks.set_forkserver_preload([o.module for o in scripts.values()])
 SMALL = '--backbone resnet10t --image_size 32 --batch_size 16 --epochs 1 --device cpu'
 BAD = [o.split(' -> ') for o in (Path(__file__).parent/'bad_input.txt').read_text().splitlines() if o and o[0] != '#']
 
 
-def execute(folder, line, out):
-    "What the script does, in a process that multiprocessing made"
-    for fd, name in ((1, 'stdout'), (2, 'stderr')): os.dup2(os.open(out/name, os.O_CREAT | os.O_WRONLY), fd)
-    os.chdir(folder)
-    os.environ['MARSCLR_DATA'] = 'nowhere'
-    sys.argv = line.replace('SMALL', SMALL).split()
-    sys.exit(scripts[sys.argv[0]].load()())
-
-
 def call(folder, line, out):
     "Exit status, standard output and standard error of a command line that is run in `folder`"
-    process = forks.Process(target=execute, args=(folder, line, out))
-    process.start()
-    process.join(120)
-    if process.exitcode is None: process.kill()
-    return process.exitcode, (out/'stdout').read_text(), (out/'stderr').read_text()
+    return Script(line.replace('SMALL', SMALL).split(), out, folder, {'MARSCLR_DATA': 'nowhere'}).communicate()
 
 
 class Crafted:

@@ -5,7 +5,6 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
-from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -14,6 +13,7 @@ import torch.distributed as dist
 from fastai.callback.core import Callback, CancelFitException
 from fastai.learner import Recorder
 from fastai.optimizer import OptimWrapper
+from forked import forks
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -131,6 +131,7 @@ def indivisible(folder):
 
 
 def one_process(number, w, port, work, folder):
+    torch.set_num_threads(1)  # or they fight for the cores
     os.environ |= dict(RANK=str(number), LOCAL_RANK=str(number), WORLD_SIZE=str(w), MASTER_ADDR='localhost', MASTER_PORT=str(port), ACCELERATE_USE_CPU='true')
     if w == 1: dist.init_process_group('gloo')  # data-parallel training wants a group even then
     with joined(torch.device('cpu')):
@@ -143,8 +144,7 @@ def several(w, work, folder):
     with socket.socket() as s:
         s.bind(('localhost', 0))
         port = s.getsockname()[1]
-    with patch.dict(os.environ, OMP_NUM_THREADS='1'):  # or they fight for the cores
-        torch.multiprocessing.spawn(one_process, (w, port, work, folder), nprocs=w)
+    torch.multiprocessing.start_processes(one_process, (w, port, work, folder), nprocs=w, start_method=forks.get_start_method())
 
 
 def make_pack(folder):

@@ -2,7 +2,6 @@
 import hashlib
 import io
 import json
-import multiprocessing
 import os
 import random
 import signal
@@ -15,6 +14,8 @@ from urllib.parse import parse_qs, urlsplit
 
 import pandas as pd
 import pytest
+from forked import forks
+
 from marsclr.archives import records, unpack
 from marsclr.core import MarsclrError
 from marsclr.datasets import hirise, image_folder
@@ -22,8 +23,6 @@ from marsclr.downloads import Fault, Fetcher, filling, get_file, get_json
 from marsclr.fetch import marsclr_fetch
 from marsclr.stand_in import StandIn, faults, pictures, rover_stand_in
 
-forks = multiprocessing.get_context('forkserver')  # imports once; each command is then a process of its own, without the wait
-forks.set_forkserver_preload(['marsclr.fetch'])
 QUICK = '--rate 2000 --wait .01 --patience .3'
 
 

@@ -1,6 +1,5 @@
 "A thousand bad files, and a process that is killed again and again: nothing crashes or hangs, and each file is in the table or in the quarantine."
 import io
-import multiprocessing
 import os
 import random
 import signal
@@ -14,6 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from fastcore.test import expect_fail
+from forked import forks
 from PIL import Image
 
 from marsclr import packing
@@ -21,9 +21,6 @@ from marsclr.core import MarsclrError
 from marsclr.datasets import find_images, image_folder, msl, rovers
 from marsclr.marsyard import write_marsyard
 from marsclr.packing import decode, load_pack, marsclr_pack, pack_archive, read_image
-
-forks = multiprocessing.get_context('forkserver')  # imports torch once; each job is then a process of its own, without the wait
-forks.set_forkserver_preload(['marsclr.packing'])
 
 
 def job(function, *args):
