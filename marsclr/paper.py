@@ -250,7 +250,7 @@ def clusters_figure(
     "Test accuracy (filled) and val accuracy (hollow) against the number of clusters: a dot is a seed"
     packs = list(dict.fromkeys(table.pack))
     table = table.assign(k=[recipe_of(o).get('k', k.get(o)) for o in table.method])
-    fig,axs = plt.subplots(1, len(packs), figsize=(1+3.4*len(packs), 2.8), dpi=80, squeeze=False, layout='constrained')
+    fig,axs = plt.subplots(1, len(packs), figsize=(2+3.2*len(packs), 2.8), dpi=80, squeeze=False, layout='constrained')
     for ax,name in zip(axs[0], packs):
         t,means = table[table.pack == name],table[table.pack == name].groupby('k')[['accuracy', 'val_accuracy']].mean()*100
         for c,style in (('val_accuracy', dict(color='tab:blue', mfc='white')), ('accuracy', dict(color='black'))):
@@ -262,7 +262,7 @@ def clusters_figure(
         ax.set_xticks(sorted(t.k.unique()), sorted(t.k.unique()))
         ax.minorticks_off()
         ax.title.set_size(9)
-    axs[0,0].legend(fontsize=7)
+    fig.legend(*axs[0,0].get_legend_handles_labels(), fontsize=7, loc='outside right upper')
     return fig
 
 # %% ../nbs/07d_paper.ipynb #cbe85f29
