@@ -170,6 +170,7 @@ def test_what_no_notebook_makes_any_more_is_found_and_removed(toy):
 @pytest.mark.parametrize('source,spoil,fault', [
     ('start = 3', {'outputs': [new_output('error', ename='E', evalue='', traceback=[])]}, "error in the output of 'start = 3"),
     ('start = 3', {'outputs': [new_output('stream', name='stderr', text='Warning: old')]}, "a warning in the output of 'start = 3"),
+    ('start = 3', {'source': 'a_figure(3);'}, "no picture under 'a_figure(3);'"),
     ('start', {'outputs': []}, "not run: no output under 'start'"),
     ('start', {'metadata': {'noise': 1}}, 'not clean'),
     ('start = 3', {'source': 'import os; x = 1'}, 'an import shares its line: import os; x = 1'),
