@@ -219,6 +219,7 @@ def make_config(
     for k,least in dict(epochs=1, image_size=1, projection_dim=1, seed=0, lr=0, weight_decay=0, warmup=0, save_every=0, refresh=0).items():
         if not settings[k] >= least: raise MarsclrError(f'--{k} {settings[k]:g}: give at least {least}')
     if settings['refresh'] and not groups: raise MarsclrError(f"--refresh {settings['refresh']} needs clusters to begin with: give --clusters")
+    if settings['refresh'] >= settings['epochs']: raise MarsclrError(f"--refresh {settings['refresh']} never happens in {settings['epochs']} epochs: give a smaller number")
     if settings['precision'] == 'auto': settings = dict(settings, precision='bf16' if fast_bf16(pick_device(settings['device'])) else 'fp32')
     where = ('pack', 'run', 'clusters', 'save_every', 'knn', 'device')
     return dict({k: v for k,v in settings.items() if k not in where}, pack=pack.name, images=len(pack), pack_fingerprint=pack.fingerprint,

@@ -50,10 +50,10 @@ def test_a_learning_rate_for_each_step():
 
 def test_the_learner():
     global learn, small_learner
-    def small_learner(**kwargs):
+    def small_learner(loss='ntxent', **kwargs):
         torch.manual_seed(0)
         model = ContrastiveModel(create_encoder('resnet10t'), projection_head(512))
-        return contrastive_learner(pack, model, losses['ntxent'](temperature=.2), Views(32, scale=(.2, 1), strength=.5), bs=64, lr=1e-3, device='cpu', **kwargs)
+        return contrastive_learner(pack, model, losses[loss](temperature=.2), Views(32, scale=(.2, 1), strength=.5), bs=64, lr=1e-3, device='cpu', **kwargs)
 
     learn = small_learner()
     with learn.no_bar(), learn.no_logging(): learn.fit(6)
@@ -105,10 +105,8 @@ def test_clusters_that_follow_the_encoder():
     given = feature_clusters(pixel_features(pack), pack, 12)
 
     def refreshed(name, stop=100):
-        torch.manual_seed(0)
-        model = ContrastiveModel(create_encoder('resnet10t'), projection_head(512))
         cbs = [RefreshClusters(pack, given.k, every=2), RunFolder(tmp/name, save_every=1), StopAfter(stop)]
-        learn = contrastive_learner(pack, model, losses['cluster_aware'](temperature=.2), Views(32, scale=(.2, 1), strength=.5), given.ids, 64, 1e-3, device='cpu', cbs=cbs)
+        learn = small_learner('cluster_aware', clusters=given.ids, cbs=cbs)
         with learn.no_bar(), learn.no_logging(): learn.fit(3)
         return learn
 
@@ -149,6 +147,7 @@ def test_what_is_refused():
     with expect_fail(MarsclrError, "--loss 'simclr' is not known: choose from ntxent dcl"): pretrain(f'{tmp}/pack', f'{tmp}/new', loss='simclr')
     with expect_fail(MarsclrError, 'needs clusters'): pretrain(f'{tmp}/pack', f'{tmp}/new', loss='cluster_aware', **settings)
     with expect_fail(MarsclrError, '--refresh 2 needs clusters to begin with'): pretrain(f'{tmp}/pack', f'{tmp}/new', refresh=2, **settings)
+    with expect_fail(MarsclrError, '--refresh 2 never happens in 2 epochs'): pretrain(f'{tmp}/pack', f'{tmp}/new', loss='cluster_aware', clusters=f'{tmp}/given.npz', refresh=2, **settings)
     with expect_fail(MarsclrError, 'exists and is not a run'): pretrain(f'{tmp}/pack', f'{tmp}/pack', **settings)
     assert not (tmp/'new').exists()
 

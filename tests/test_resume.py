@@ -40,7 +40,7 @@ def finish(pack, run):
 
 
 def start_two(pack, run):
-    return subprocess.Popen([*LAUNCH, pack, run, *SMALL, '--epochs', '8'], env=os.environ | {'OMP_NUM_THREADS': '1'}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen([*LAUNCH, pack, run, *SMALL], env=os.environ | {'OMP_NUM_THREADS': '1'}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def finish_two(pack, run):
