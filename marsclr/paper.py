@@ -127,20 +127,33 @@ def missing(
 ) -> pd.DataFrame: # the cells that are not in the table
     "What is still to be done"
     there = set(map(tuple, table[[*key, 'config']].astype(str).to_numpy()))
-    return cells[[tuple(o) not in there for o in cells[[*key, 'config']].astype(str).to_numpy()]]
+    return cells[np.array([tuple(o) not in there for o in cells[[*key, 'config']].astype(str).to_numpy()], bool)]
+
+@patch
+def known(self:Lab,
+    cell:dict, # of the grid
+) -> dict: # column: text; empty, if no table has it
+    "The row of a cell, as the table of any group has it"
+    names = [*key, 'config']
+    for path in (self.to/f'{o}.csv' for o in self.settings['groups']):
+        table = pd.read_csv(path, dtype=str, keep_default_na=False) if path.is_file() else pd.DataFrame()
+        if not set(names) <= set(table): continue
+        same = table[(table[names] == [str(cell[o]) for o in names]).all(axis=1)]
+        if len(same): return same.iloc[0].to_dict()
+    return {}
 
 @patch
 def run(self:Lab,
     cells:pd.DataFrame, # what `grid` made
 ):
-    "Run the cells that are missing; each is a row of its group's table as soon as it is there"
+    "Run the cells that no group has yet; each is a row of its group's table as soon as it is there"
     print(f'{len(cells)} cells, code {commit()}', flush=True)
     for cell in cells.to_dict('records'):
         path = self.to/f"{cell['group']}.csv"
         if not len(missing(pd.DataFrame([cell]), read_cells(path))): continue
-        row = self.row(AttrDict(cell))
+        row = self.known(cell) or self.row(AttrDict(cell))
         append_rows(path, [row])
-        print(f"{cell['group']}, {row['method']}, seed {row['seed']}, {row['labels']} % of the labels, draw {row['draw']}, {row['pack']}: {row['accuracy']:.1%} (val {row['val_accuracy']:.1%})", flush=True)
+        print(f"{cell['group']}, {row['method']}, seed {row['seed']}, {row['labels']} % of the labels, draw {row['draw']}, {row['pack']}: {float(row['accuracy']):.1%} (val {float(row['val_accuracy']):.1%})", flush=True)
 
 # %% ../nbs/07d_paper.ipynb #24b9d10b
 def price(

@@ -254,23 +254,28 @@ def _homogeneity(data, to, settings, seed):
     return f'{to}/curve.csv {to}/curve.png'
 
 # %% ../nbs/08_reproduction.ipynb #b3a2603f
+def _table(name, to, known):
+    "The table of a group: the folder's or, where it has none, the known one"
+    return Path(known)/f'{name}.csv' if known and not (to/f'{name}.csv').exists() else to/f'{name}.csv'
+
 def _left(asked, to, known):
-    "The cells that are neither in the folder's tables nor, where it has none, in the known ones"
-    def file(name): return Path(known)/f'{name}.csv' if known and not (to/f'{name}.csv').exists() else to/f'{name}.csv'
-    def left(name, cells): return cells[:0] if name == 'fig8' and file(name).exists() else missing(cells, read_cells(file(name)))
+    "The cells that their group's table has not"
+    def left(name, cells): return cells[:0] if name == 'fig8' and _table(name, to, known).exists() else missing(cells, read_cells(_table(name, to, known)))
     return pd.concat([left(*o) for o in asked.groupby('group', sort=False)])
 
 def _cells(data, to, settings, only='', known='', dry_run=False, **kwargs):
     if known and not Path(known).is_dir(): raise MarsclrError(f'--known {known} is not a folder: give one with tables of cells, as nbs/results/laptop-msl')
+    names = [o for o in settings['groups'] if o != 'fig8']
     asked = grid(settings, only.split(',') if only else settings['groups'], settings['packs'])
-    left = _left(asked, to, known)
-    bill = price(left, settings, to)
-    if dry_run: return f'{bill.to_string(index=False)}\n{len(left)} cells are missing, about {bill.minutes.sum()/60:.1f} hours'
+    left = unpaid = _left(asked, to, known)
+    for o in names: unpaid = missing(unpaid, read_cells(_table(o, to, known)))
+    bill = price(unpaid, settings, to)
+    if dry_run: return f'{bill.to_string(index=False)}\n{len(unpaid)} cells are missing, about {bill.minutes.sum()/60:.1f} hours'
     open_folder(to, data, settings, **kwargs)
     packs = make_packs(data, to, settings['size'], **kwargs)
     if asked.method.map(lambda o: recipe_of(o).get('pool') not in (None, 'with train')).any():
         packs['natural'] = _pack(imagenet, to/'natural.pack', settings['size']) if data == 'msl' else leaves_pack(to/'natural.pack', settings['natural'], 1, settings['size'])
-    for path in (Path(known)/f'{o}.csv' for o in asked.group.unique() if known):
+    for path in (Path(known)/f'{o}.csv' for o in {*names, *asked.group} if known):
         if path.exists() and not (to/path.name).exists():
             with whole(to/path.name) as p: shutil.copy(path, p)
     lab = Lab(packs, to, settings)

@@ -46,6 +46,24 @@ def test_pages():
 def test_files():
     global tmp
     tmp = Path(tempfile.mkdtemp())
+    part = Part(tmp/'mars.zip')
+    part.path.write_bytes(b'abc')
+    part.notes.write_text(json.dumps(dict(version='"v1"', length=5)))
+    asked = part.range()
+    test_eq((asked, part.whole()), ({'Range': 'bytes=3-', 'If-Range': '"v1"'}, False))
+    part.notes.unlink()
+    test_eq((part.range(), part.path.exists()), ({}, False))
+    asked
+
+    photo = tmp/'photo.jpg'
+    photo.write_bytes(b'abc')
+    check_digest('md5:900150983cd24fb0d6963f7d28e17f72')(photo)
+    photo.write_bytes(next(iter(pictures(1, 64))))
+    check_image(photo)
+    os.truncate(photo, photo.stat().st_size-200)
+    with expect_fail(Fault, 'no whole image'): check_image(photo)
+    photo.unlink()
+
     jpeg = dict(enumerate(pictures(20, 64)))
     with StandIn({f'/{k}.jpg': v for k,v in jpeg.items()}, share=.5) as server:
         for k in jpeg: get_file(fetcher, f'{server.url}/{k}.jpg', tmp/f'{k}.jpg')

@@ -14,10 +14,12 @@ from marsclr.core import MarsclrError, _to_disk, command, one_line, read_json
 from marsclr.datasets import Archive, hirise, image_folder, imagenet, msl, rovers
 import tempfile, zlib
 from contextlib import redirect_stdout
+from threading import Thread
 import matplotlib.pyplot as plt
 from fastcore.test import *
 from marsclr.marsyard import write_marsyard
 from marsclr.packing import *
+from marsclr.packing import _Room, _line
 
 
 def test_one_image_one_square():
@@ -30,6 +32,19 @@ def test_one_image_one_square():
     for i in range(len(archive)): archive.open(i)
     decoding = (time.perf_counter()-start)/len(archive)
     f'{decoding*1e3:.2f} ms to decode one {archive.open(0).size} image'
+
+    room,order = _Room(10),[]
+    def guest(name, n):
+        with room(n, name): order.append(name)
+
+    with room(8, 'first'):
+        second = Thread(target=guest, args=('second', 5))
+        second.start()
+        second.join(.1)
+        test_eq((order, room.free), ([], 2))
+    second.join()
+    test_eq((order, room.free), (['second'], 10))
+    with expect_fail(ValueError, 'third: more than fits into memory here'): guest('third', 11)
 
     wide = Image.new('RGB', (40, 20), 'red')
     wide.paste('blue', (10, 0, 30, 20))
@@ -46,8 +61,34 @@ def test_what_cannot_be_read_goes_to_quarantine():
     read_image(tmp/'broken.jpg', 32)[2], read_image(tmp/'none.jpg', 32)[2]
 
 
+def test_the_pack():
+    files = pd.DataFrame(dict(path=['a.jpg', 'b.jpg'], sha256=['1', '2']))
+    test_ne(fingerprint(files, 64), fingerprint(files, 32))
+    test_ne(fingerprint(files, 64), fingerprint(files[::-1], 64))
+    fingerprint(files, 64)
+
+    dark,light = np.zeros((2, 8, 8, 3), np.uint8),np.full((3, 8, 8, 3), 255, np.uint8)
+    five = Pack([dark, light], pd.DataFrame(dict(path=list('abcde'), sha256='', label=[0, 0, 1, 1, 1])), ['night', 'day'], 'five')
+    test_eq(five[0].shape, (8, 8, 3))
+    test_eq(five[[4, 0, 2]].amax((1, 2, 3)), [255, 0, 255])
+    test_eq(five.where(five.table.label == 1).table.path.tolist(), ['c', 'd', 'e'])
+    five
+
+    sky = Pack([light], pd.DataFrame(dict(path=list('xyz'), sha256='', label=[0, 0, -1])), ['sky'], 'sky')
+    eight = concat_packs(five, sky)
+    test_eq(eight.classes, ['night', 'day', 'sky'])
+    test_eq(eight.table.label.tolist(), [0, 0, 1, 1, 1, 2, 2, -1])
+    with expect_fail(MarsclrError, 'packs of [4, 8] px cannot be put together'): concat_packs(five, Pack([light[:,:4,:4]], sky.table, ['sky']))
+    eight
+
+
 def test_packing_an_archive():
     global pack
+    name = 'line\nend, "comma" caf\udce9.jpg'
+    test_eq(_line([name, float('nan'), 3]), b'"line\nend, ""comma"" caf\xe9.jpg",,3\n')
+    test_eq(next(csv.reader(io.StringIO(_line([name]).decode(errors='surrogateescape'), newline=''))), [name])
+    _line([name, float('nan'), 3])
+
     (archive.root/archive.table.path[3]).write_bytes(b'not an image')
     pack = pack_archive(archive, tmp/'pack', size=64)
     quarantine = pd.read_csv(tmp/'pack/quarantine.csv')

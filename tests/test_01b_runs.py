@@ -111,6 +111,19 @@ def test_half_the_precision():
 
 def test_the_folder():
     global StopAfter
+    path = tmp/'ones.pt'
+    torch.save(dict(weight=torch.ones(1000)), path)
+    test_eq(load_checkpoint(path)['weight'].sum(), 1000)
+    turned = bytearray(path.read_bytes())
+    turned[len(turned)//2] ^= 8
+    path.write_bytes(turned)
+    with expect_fail(MarsclrError, 'has another checksum'): load_checkpoint(path)
+    f'torch.load says nothing, and the sum is {torch.load(path, weights_only=True)["weight"].sum().item():.3f}'
+
+    folder = RunFolder(tmp/'log')
+    for epoch in (0, 1, 2, 1): folder.log(dict(epoch=epoch, loss=3-epoch))
+    test_eq((tmp/'log/log.csv').read_text(), 'epoch,loss\n0,3\n1,2\n')
+
     class StopAfter(Callback):
         "Pull the plug after so many steps"
         order = 100

@@ -46,6 +46,13 @@ def test_another_domain():
     test_eq(leaves.table.domain.unique().tolist(), ['leaves'])
 
 
+def test_what_is_compared():
+    own = labeled_yard(tmp, 10, dict(labeled=60, yard=dict(homogeneity=.3, size=32)))
+    test_eq(own.table.split.value_counts().to_dict(), dict(test=30, train=20, val=10))
+    test_eq(own.table.label.nunique(), 10)
+    own
+
+
 def test_a_point_of_the_dial():
     global table
     small = dict(images=48, labeled=180, yard=dict(homogeneity=.3, size=32), pretrain=dict(backbone='resnet10t', image_size=32, epochs=1, batch_size=16))

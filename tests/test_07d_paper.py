@@ -64,6 +64,10 @@ def test_what_is_missing():
     assert (table.accuracy > table.low).all() and (table.accuracy < table.high).all()
     table[['method', 'seed', 'accuracy', 'low', 'high', 'val_accuracy', 'epochs', 'config']].round(3)
 
+    shared = [[o for o in (tmp/f'{g}.csv').read_text().splitlines() if o.startswith('random weights,42,MarsYard,100,')] for g in ('fig3', 'fig4')]
+    test_eq(*shared)
+    shared[0][0][:60]
+
     rows = (tmp/'fig3.csv').read_text().splitlines(keepends=True)
     (tmp/'fig3.csv').write_text(''.join(rows[:-1]))
     test_eq(missing(cells[cells.group == 'fig3'], read_cells(tmp/'fig3.csv')).method.tolist(), ['DCL'])

@@ -32,14 +32,41 @@ from marsclr.reproduction import *
 from marsclr.reproduction import _cells
 
 
-def test_one_figure():
+def test_the_folder():
     global tiny, tmp
     tmp = Path(tempfile.mkdtemp())
     tiny = dict(size=64, clusters=10, pretrain=dict(laptop, backbone='resnet10t', image_size=32, epochs=2, warmup=0))
-    table = reproduce('marsyard', tmp/'tiny', tiny, n=400)
-    test_eq(table.method.tolist(), ['random weights', 'eq. 1', 'eq. 2, found clusters', 'eq. 2, true classes'])
+    open_folder(tmp/'tiny', 'marsyard', tiny, n=400)
+    open_folder(tmp/'tiny', 'marsyard', tiny, n=400)
+    with expect_fail(MarsclrError, 'another configuration (n is 400 there, 500 here)'): open_folder(tmp/'tiny', 'marsyard', tiny, n=500)
+
+
+def test_the_packs():
+    global packs
+    packs = make_packs('marsyard', tmp/'tiny', 64, n=400)
+    test_eq({k: len(p) for k,p in packs.items()}, {'pool': 400, 'MarsYard': 240})
+    with expect_fail(MarsclrError, "data 'moon' is not known"): make_packs('moon', tmp, 64)
+    fig,axs = plt.subplots(1, 8, figsize=(8, 1.1), dpi=70, layout='constrained')
+    for ax,image in zip(axs, packs['pool'][range(0, 400, 50)]):
+        ax.imshow(image)
+        ax.set_axis_off()
+
+
+def test_the_chain():
+    global table
+    with capture_output(): encoders = make_encoders(packs, tmp/'tiny', tiny, 42)
+    test_eq(list(encoders), ['random weights', 'eq. 1', 'eq. 2, found clusters', 'eq. 2, true classes'])
+    caught = pd.read_csv(tmp/'tiny/clusters-seed42.csv').set_index('source')
+    test_eq(caught.caught['true'], 1)
+    caught.round(3)
+
+    table = probe_all(encoders, packs, tmp/'tiny/table.csv', 42)
     assert (table.accuracy > table.low).all() and (table.accuracy < table.high).all()
     table[['method', 'accuracy', 'low', 'high', 'balanced_accuracy']].round(3)
+
+
+def test_one_figure():
+    accuracy_figure(table, 'two epochs on 400 images');
 
     rows = (tmp/'tiny/table.csv').read_text().splitlines(keepends=True)
     (tmp/'tiny/table.csv').write_text(''.join(rows[:-1]))
@@ -47,7 +74,7 @@ def test_one_figure():
     with capture_output(): again = reproduce('marsyard', tmp/'tiny', tiny, n=400)
     test_eq((tmp/'tiny/eq1-seed42/encoder.safetensors').stat().st_mtime, before)
     test_eq(again.drop(columns='seconds'), table.drop(columns='seconds'))
-    pd.read_csv(tmp/'tiny/clusters-seed42.csv').round(3)
+    assert (tmp/'tiny/figure.png').exists()
 
 
 def test_which_clusters():
@@ -71,6 +98,8 @@ def test_from_the_command_line():
     test_eq(len(pd.read_csv(tmp/'grid/fig8.csv')), 400)
     assert '4 cells are missing' in _cells('marsyard', tmp/'elsewhere', few, dry_run=True)
     assert '0 cells are missing' in _cells('marsyard', tmp/'elsewhere', few, known=tmp/'grid', dry_run=True)
+    more = dict(few, groups=dict(few['groups'], ablations={'eq. 1': [42], 'eq. 1, temperature=0.5': [42]}))
+    assert '1 cells are missing' in _cells('marsyard', tmp/'elsewhere', more, known=tmp/'grid', dry_run=True)
     assert not (tmp/'elsewhere').exists()
     shutil.rmtree(tmp)
 
