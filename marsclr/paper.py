@@ -163,10 +163,11 @@ def price(
 ) -> pd.DataFrame: # one row a group and method: cells, encoders to train, minutes
     "What the missing cells will take, roughly"
     def minutes(method, cells, encoders):
-        base = dict(epochs=400, image_size=224) | settings['pretrain']
+        base = dict(epochs=400, image_size=224, refresh=0) | settings['pretrain']
         s = base | recipe_of(method).get('pretrain', {})
         each = s['epochs']*settings['pool_images']/settings['images_per_s']*(s['image_size']/base['image_size'])**2
-        return round((encoders*each + cells*settings['probe_s'])/60)
+        refreshes = (s['epochs']-1)//s['refresh'] if s['refresh'] else 0
+        return round((encoders*(each + refreshes*settings['probe_s']) + cells*settings['probe_s'])/60)
     own = cells.assign(folder=[run_name(encoder_of(m), *([p.split()[0].lower()] if m == 'supervised from scratch' else []), f'seed{s}') for m,s,p in zip(cells.method, cells.seed, cells['pack'])])
     rows,priced = [],set()
     for (group,method),g in own.groupby(['group', 'method'], sort=False):

@@ -11,6 +11,7 @@ from marsclr.encoders import create_encoder, encode, load_encoder
 from marsclr.packing import Pack
 from marsclr.texture import load_texture
 import shutil, tempfile
+import numpy as np
 from fastcore.test import *
 from marsclr.cluster_quality import show_clusters
 from marsclr.datasets import msl
@@ -21,16 +22,26 @@ from marsclr.training import pretrain
 from marsclr.cluster_study import *
 
 
-def test_the_table():
-    global table, tmp
-    three = pd.DataFrame(dict(k=[5, 5, 0], caught=[.1, .3, .2]))
-    test_eq(with_spread(three, 'k', ['caught']).caught.to_dict(), {5: '20.0 ± 14.1', 0: '20.0'})
-
+def test_the_contestants():
+    global features, pack, tmp
     tmp = Path(tempfile.mkdtemp())
     pack = pack_archive(msl(write_marsyard(tmp/'yard', n=400, size=64)), tmp/'pack', size=64)
     eq1 = pretrain(f'{tmp}/pack', f'{tmp}/eq1', backbone='resnet10t', image_size=32, batch_size=64, epochs=1, device='cpu')
     texture_clusters(pack, tmp/'texture', k=10, epochs=1, image_size=32, backbone='resnet10t', device='cpu')
     def features(pack, seed): return source_features(pack, seed, eq1, tmp/'texture')
+
+    seen = {source: f() for source,f in features(pack, 0).items()}
+    for x in seen.values(): test_close(x.norm(dim=1), torch.ones(len(pack)), eps=1e-4)
+    burst = np.flatnonzero(capture_clusters(pack).ids == capture_clusters(pack).ids[0])
+    test_eq(seen['pixels + capture'][burst].std(0).max(), 0)
+    {source: x.shape[1] for source,x in seen.items()}
+
+
+def test_the_table():
+    global table
+    three = pd.DataFrame(dict(k=[5, 5, 0], caught=[.1, .3, .2]))
+    test_eq(with_spread(three, 'k', ['caught']).caught.to_dict(), {5: '20.0 ± 14.1', 0: '20.0'})
+
     table = cluster_table({'MarsYard': pack}, features, tmp/'table.csv', (3, 10, 30), (0, 1))
     test_eq(table.equals(cluster_table({'MarsYard': pack}, None, tmp/'table.csv', (3, 10, 30), (0, 1))), True)
     test_eq(len(table), 1 + 8*3*2)

@@ -90,6 +90,8 @@ def test_what_it_will_cost():
     asked = grid(dict(costs, groups=dict(ablations={f'eq. 1{o}': [42] for o in ('', ', epochs=3', ', image_size=64', ', layer=layer3')})), ['ablations'], ['MarsYard'])
     test_eq(price(asked, costs, tmp/'elsewhere').encoders.tolist(), [1, 1, 1, 0])
     test_eq(price(asked, dict(costs, images_per_s=.01, probe_s=0), tmp/'elsewhere').minutes.tolist(), [160, 480, 640, 0])
+    refreshed = grid(dict(costs, groups=dict(ablations={f'eq. 2, capture{o}': [42] for o in (', epochs=8', ', epochs=8, refresh=2')})), ['ablations'], ['MarsYard'])
+    test_eq(price(refreshed, dict(costs, images_per_s=1e9, probe_s=60), tmp/'elsewhere').minutes.tolist(), [1, 4])
 
 
 def test_seeds_and_test_images():
