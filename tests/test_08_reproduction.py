@@ -24,7 +24,7 @@ from marsclr.training import pretrain
 import os, tempfile
 from marsclr.cluster_study import with_spread
 from marsclr.diagnosis import fit_line, left_out
-from marsclr.paper import fig5_figure, labels_figure, method_figure, paper_says, summary
+from marsclr.paper import ablation_figure, changes, fig5_figure, labels_figure, method_figure, paper_says, summary
 from scipy.stats import t as student
 from fastcore.test import *
 from IPython.utils.capture import capture_output
