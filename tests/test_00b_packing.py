@@ -70,7 +70,7 @@ def test_the_pack():
     dark,light = np.zeros((2, 8, 8, 3), np.uint8),np.full((3, 8, 8, 3), 255, np.uint8)
     five = Pack([dark, light], pd.DataFrame(dict(path=list('abcde'), sha256='', label=[0, 0, 1, 1, 1])), ['night', 'day'], 'five')
     test_eq(five[0].shape, (8, 8, 3))
-    test_eq(five[[4, 0, 2]].amax((1, 2, 3)), [255, 0, 255])
+    test_eq(five[[4, 0, 2]].amax((1, 2, 3)).tolist(), [255, 0, 255])
     test_eq(five.where(five.table.label == 1).table.path.tolist(), ['c', 'd', 'e'])
     five
 
