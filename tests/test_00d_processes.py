@@ -9,59 +9,98 @@ from accelerate.commands.launch import launch_command, launch_command_parser
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from marsclr.core import MarsclrError
-import signal, tempfile
+import shutil, tempfile
 from pathlib import Path
+from textwrap import indent
 from fastcore.test import *
 from marsclr.processes import *
 
 
-def test_how_they_agree():
-    x = torch.arange(3., requires_grad=True)
-    assert gather(x) is x and mean_of_all(x) is x and gather_parts(x, 3) is x
-    agree(1, 'number')
-    test_eq((world(), rank(), list(part(3)), decided(lambda: 7), any_of_all(False, 'cpu')), (1, 0, [0, 1, 2], 7, False))
+def test_how_many_and_which_am_i():
+    test_eq((world(), rank()), (1, 0))
 
 
 def test_starting_them():
-    program = '''
+    global in_two, tmp
+    tmp = Path(tempfile.mkdtemp())
+
+    def in_two(lines):
+        "What two processes print, and what is said about their end"
+        (tmp/'program.py').write_text(f"""
 import os, signal, torch
 from marsclr.core import command
 from marsclr.processes import *
 
-def work():
-    x = torch.full((2,), rank()+1., requires_grad=True)
-    all_rows = gather(x)
-    all_rows.sum().square().backward()
-    first = decided(lambda: f"the first of {world()} says so")
-    rows = gather_parts(torch.tensor(part(5)), 5)
-    some = any_of_all(rank() == 1, "cpu")
-    print(f"process {rank()}: {all_rows.tolist()}, gradient {x.grad.tolist()}, {first}, parts {rows.tolist()}, any {some}, mean {mean_of_all(x.sum()).item()}\\n", end="", flush=True)
+def say(*words): print(f'process {{rank()}} of {{world()}}:', *words, end='\\n', flush=True)
 
-def disagree(): agree(rank(), "number")
-def die(): os.kill(os.getpid(), signal.SIGKILL) if rank() else gather(torch.zeros(1))
-
-def program(
-    what:str, # work, disagree or die
-):
-    with joined(torch.device("cpu")): dict(work=work, disagree=disagree, die=die)[what]()
+def program():
+    with joined(torch.device('cpu')):
+{indent(lines, ' '*8)}
 
 command(program, several=True)()
-'''
-    tmp = Path(tempfile.mkdtemp())
-    (tmp/'program.py').write_text(program)
+""")
+        launch = [sys.executable, '-c', 'from marsclr.processes import marsclr_launch; marsclr_launch()', '--cpu', '--num_processes', '2', tmp/'program.py']
+        done = subprocess.run(launch, env={**os.environ, 'OMP_NUM_THREADS': '1'}, capture_output=True, text=True)
+        assert done.returncode == 0 or done.stderr, done
+        return sorted(done.stdout.splitlines()), done.returncode and done.stderr.splitlines()[-1]
 
-    def launch(*args):
-        command = [sys.executable, '-c', 'from marsclr.processes import marsclr_launch; marsclr_launch()', '--cpu', '--num_processes', '2', tmp/'program.py', *args]
-        return subprocess.run(command, env={**os.environ, 'OMP_NUM_THREADS': '1'}, capture_output=True, text=True)
+    greeted,ended = in_two("""
+say('here I am')
+os.kill(os.getpid(), signal.SIGKILL) if rank() else gather(torch.zeros(1))
+""")
+    test_eq(greeted, ['process 0 of 2: here I am', 'process 1 of 2: here I am'])
+    assert 'process 1 failed first: Signal 9 (SIGKILL)' in ended
+    greeted, ended
 
-    done = launch('work')
-    lines = sorted(done.stdout.splitlines())
-    assert done.returncode == 0, done.stderr
-    for i,o in enumerate(lines):
-        assert o == f'process {i}: [1.0, 1.0, 2.0, 2.0], gradient [24.0, 24.0], the first of 2 says so, parts [0, 1, 2, 3, 4], any True, mean 3.0'
-    lines
 
-    killed,different = launch('die'),launch('disagree')
-    assert killed.returncode != 0 and different.returncode != 0
-    assert 'process 1 failed first: Signal 9 (SIGKILL)' in killed.stderr.splitlines()[-1]
-    killed.stderr.splitlines()[-1], different.stderr.splitlines()[-1]
+def test_what_they_share():
+    shared,ended = in_two("""
+x = torch.full((2,), rank()+1., requires_grad=True)
+everything = gather(x)
+everything.sum().square().backward()
+say(everything.tolist(), 'gradient', x.grad.tolist(), 'mean', mean_of_all(x.sum()).item())
+""")
+    test_eq(shared, [f'process {i} of 2: [1.0, 1.0, 2.0, 2.0] gradient [24.0, 24.0] mean 3.0' for i in (0, 1)])
+    test_eq(ended, 0)
+    shared
+
+    x = torch.arange(3., requires_grad=True)
+    assert gather(x) is x and mean_of_all(x) is x
+
+    parts,ended = in_two("""
+mine = torch.tensor(part(5))*10
+say(mine.tolist(), gather_parts(mine, 5).tolist())
+""")
+    test_eq(parts, ['process 0 of 2: [0, 10, 20] [0, 10, 20, 30, 40]', 'process 1 of 2: [30, 40] [0, 10, 20, 30, 40]'])
+    assert list(part(5)) == [0, 1, 2, 3, 4] and gather_parts(x, 3) is x
+    parts
+
+
+def test_how_they_agree():
+    agreed,ended = in_two("""
+first = decided(lambda: f'I am {rank()}')
+some,none = any_of_all(rank() == 1, 'cpu'),any_of_all(False, 'cpu')
+agree(len([1, 2]), 'length')
+say('told', first, some, none)
+agree(rank(), 'number')
+""")
+    test_eq(agreed, [f'process {i} of 2: told I am 0 True False' for i in (0, 1)])
+    assert ended.endswith('process 1 sees another number than the first (1, not 0): all must read the same files')
+    agreed, ended
+
+    def refuse(): raise MarsclrError('runs/a has other settings')
+
+    refused,_ = in_two("""
+from marsclr.core import MarsclrError
+def refuse(): raise MarsclrError('runs/a has other settings')
+
+try: decided(refuse)
+except MarsclrError as e: say(e)
+""")
+    test_eq(refused, [f'process {i} of 2: runs/a has other settings' for i in (0, 1)])
+    with expect_fail(MarsclrError, 'other settings'): decided(refuse)
+    agree(1, 'number')
+    test_eq((decided(lambda: 7), any_of_all(False, 'cpu'), any_of_all(True, 'cpu')), (7, False, True))
+    refused
+
+    shutil.rmtree(tmp)
