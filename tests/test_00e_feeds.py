@@ -15,6 +15,7 @@ from marsclr.core import MarsclrError, one_line, read_json, whole, write_json
 from marsclr.datasets import image_suffixes
 from marsclr.downloads import Fault, Fetcher, Part, check_image, digest, filling, get_file, get_json
 import os, tempfile
+from contextlib import ExitStack
 import matplotlib.pyplot as plt
 from fastcore.test import *
 from PIL import Image
@@ -63,7 +64,44 @@ def test_the_whole_archive():
             os.environ['MARSCLR_MIRROR'] = server.url
             test_eq(latest_sol(Fetcher(**quick), feeds[rover]), 8)
 
-    tmp = Path(tempfile.mkdtemp())
+    tmp,stack = Path(tempfile.mkdtemp()),ExitStack()
+    server = stack.enter_context(rover_stand_in('perseverance', [7, 8], each=3, size=64))
+    os.environ['MARSCLR_MIRROR'],feed,little = server.url,feeds['perseverance'],tmp/'little'
+
+    def ask_sols(): return list_sols(Fetcher(**quick), feed, little, [7, 8], feed.cameras), len(server.log)
+    first,again = ask_sols(),ask_sols()
+    test_eq(first, ({}, 2))
+    test_eq(again, first)
+    {o.name: read_json(o)['found'] for o in sorted((little/'.fetch').iterdir())}
+
+    def drawn(sols, **kwargs): return [o['id'] for o in chosen(little, sols, 3, **kwargs)[0]]
+    test_eq(drawn([8, 7]), drawn([7, 8]))
+    assert set(drawn([7, 8], seed=7)) != set(drawn([7, 8]))
+    drawn([7, 8])
+
+    rows,_,_ = chosen(little, [7, 8])
+    gone = urlsplit(rows[0]['url']).path
+    jpeg = server.files.pop(gone)
+    bad = fetch_rows(Fetcher(**quick), rows, little)
+    test_eq(list(bad), [rows[0]['id']])
+    test_eq({o.stem for o in little.glob('000*/*.jpg')}, {o['id'] for o in rows[1:]})
+    bad
+
+    table = write_table(rows, bad, little)
+    test_eq(table.sha256.tolist(), [digest(little/o) for o in table.path])
+    table[['path', 'width', 'bytes', 'sha256']]
+
+    server.files[gone],before = jpeg,len(server.log)
+    assert 'missing.csv' in os.listdir(little) and not fetch_rows(Fetcher(**quick), rows, little)
+    test_eq(len(server.log)-before, 1)
+    test_eq(len(write_table(rows, {}, little)), 6)
+    sorted(os.listdir(little))
+
+    write_json(little/'fetch.json', dict(rover='perseverance', seed=42))
+    check_begun(little, dict(rover='perseverance', seed=42))
+    with expect_fail(MarsclrError, 'was begun with rover perseverance, not curiosity: give another folder'): check_begun(little, dict(rover='curiosity', seed=42))
+    stack.close()
+
     server = rover_stand_in('perseverance', range(10, 14), each=20, size=64, feed=dict(cap=10, late=3, total_off=2), share=.1)
     with server:
         os.environ['MARSCLR_MIRROR'] = server.url
