@@ -15,7 +15,7 @@ from PIL import Image
 from torchvision.datasets.folder import find_classes
 from .core import MarsclrError, data_root, one_line, whole
 from .datasets import Archive, find_images, hirise, imagenet, msl
-from .downloads import Fault, Fetcher, check_digest, check_image, digest, filling, get_file, get_json
+from .downloads import Fault, Fetcher, Part, check_digest, check_image, digest, filling, get_file, get_json
 
 # %% ../nbs/00c_archives.ipynb #fe38168c
 def _what_is_wrong(o, name):
@@ -49,6 +49,7 @@ def unpack(
     path,           # a zip file
     to,             # the folder to make
     progress=False, # show a progress bar
+    inside=(),      # md5 that files in it must have, by name
 ):
     "Unpack a zip file safely; the folder appears whole or not at all"
     path,to = Path(path),Path(to)
@@ -64,6 +65,8 @@ def unpack(
                     (tmp/tops.pop()).rename(tmp.with_name('inside'))
                     tmp.rmdir()
                     tmp.with_name('inside').rename(tmp)
+                for file,md5 in dict(inside).items():
+                    if (got := digest(tmp/file, 'md5')) != md5: raise MarsclrError(f'{path}: {file} has md5 {got}, not {md5} as published: do not use it')
     except _unsound as e: raise MarsclrError(f'{path} is no sound zip file ({one_line(e)}): remove it and fetch again') from e
 
 # %% ../nbs/00c_archives.ipynb #1474d920
@@ -109,14 +112,12 @@ def fetch_zenodo(
     found,zipped = zenodo_file(fetcher, name),to.with_name(o['file'])
     with filling(to.parent, f'.{to.name}.lock'):
         if not zipped.exists(): _fetch_zip(fetcher, found, zipped, progress)
-        unpack(zipped, to, progress)
-        for file,md5 in o['inside'].items():
-            if (got := digest(to/file, 'md5')) != md5: raise MarsclrError(f'{to/file} has md5 {got}, not {md5} as published: do not use it')
+        unpack(zipped, to, progress, o['inside'])
         zipped.unlink()
         return o['reader'](to)
 
 def _fetch_zip(fetcher, found, zipped, progress):
-    free = shutil.disk_usage(zipped.parent).free
+    free = shutil.disk_usage(zipped.parent).free + Part(zipped).size()
     if free < 2.2*found['size']: raise MarsclrError(f'{zipped.parent} has {free/1e9:.1f} GB left, {zipped.name} needs {2.2*found["size"]/1e9:.1f}: make room')
     bar = progress_bar(range(max(found['size'], 1)), display=progress, leave=progress)
     bar.comment = zipped.name
@@ -188,7 +189,7 @@ def draw_imagenet(
     names = draw([o for o in find_images(folder) if o.count('/') == 1], seed, balanced)
     if not 0 < images <= len(names): raise MarsclrError(f'{images} images cannot be drawn from the {len(names)} in {folder}')
     rest,rows = iter(names),[]
-    with filling(to.parent, f'.{to.name}.lock'), whole(to) as tmp:
+    with filling(to.parent, f'.{to.name}.lock', kept=False), whole(to) as tmp:
         for _ in progress_bar(range(images), display=progress, leave=progress): rows.append(_copy_next(folder, rest, tmp))
         pd.DataFrame(rows).sort_values('path').to_csv(tmp/'table.csv', index=False)
     return imagenet(to)

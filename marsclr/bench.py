@@ -7,7 +7,7 @@ __all__ = ['peers', 'machine', 'take_turns', 'summary', 'loss_cases', 'installed
            'compose', 'augment_cases', 'bench_loss', 'bench_augment', 'ratio_figure']
 
 # %% ../nbs/09_speed.ipynb #df7b69de
-import io, os, platform, subprocess, sys, time
+import io, os, platform, signal, subprocess, sys, time
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -40,16 +40,16 @@ def take_turns(
     warmup:int=1, # rounds that do not count
     tidy=lambda: None, # called after each call; its time does not count
 ) -> pd.DataFrame: # (rounds, cases) seconds
-    "Call each case once a round; the rounds begin with different ones"
+    "Call each case once a round, each round in another order"
     def seconds(f):
         began = time.perf_counter()
         f()
         took = time.perf_counter()-began
         tidy()
         return took
-    names = list(cases)
-    def turn(r): return {name: seconds(cases[name]) for name in names[r % len(names):] + names[:r % len(names)]}
-    return pd.DataFrame([turn(r) for r in range(warmup+rounds)][warmup:])[names]
+    names,rng = list(cases),np.random.default_rng(42)
+    def turn(): return {name: seconds(cases[name]) for name in rng.permutation(names)}
+    return pd.DataFrame([turn() for _ in range(warmup+rounds)][warmup:])[names]
 
 def summary(
     seconds:pd.DataFrame, # what `take_turns` gave; the first case is ours
@@ -118,7 +118,8 @@ before = highest()
 {measured}
 print(time.perf_counter()-began, highest()-before)"""
     done = subprocess.run([sys.executable, '-c', lines], capture_output=True, text=True, env=dict(os.environ, OMP_NUM_THREADS=str(torch.get_num_threads())))
-    if done.returncode > 0 and 'memory' not in done.stderr: raise RuntimeError(done.stderr)
+    full = done.returncode == -signal.SIGKILL or 'MemoryError' in done.stderr or "can't allocate memory" in done.stderr
+    if done.returncode and not full: raise RuntimeError(f'{done.returncode}: {done.stderr}')
     seconds,kib = map(float, done.stdout.split()[-2:]) if done.returncode == 0 else (np.nan, np.nan)
     return dict(seconds=seconds, peak_MiB=kib/1024)
 

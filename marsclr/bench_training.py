@@ -264,7 +264,7 @@ def explain_step(
 def marsclr_bench(
     what:str,      # loss, augment, train, features, kmeans or pack
     to:str='',     # the CSV file to write, and a picture beside it; bench-WHAT.csv by default
-    rounds:int=7,  # that count; one more to warm up
+    rounds:int=7,  # that count, after those that warm up
     threads:int=1, # of torch
     explain:store_true=False, # train: only say what a step waits for, with the next four
     pack:str='',          # pack folder to train on; MarsYard by default

@@ -17,7 +17,7 @@ from sklearn.metrics.cluster import contingency_matrix
 from .clustering import Clusters, capture_clusters, feature_clusters, kmeans, label_clusters, pixel_features
 from .core import MarsclrError, command, whole
 from .encoders import create_encoder, encode, load_encoder, pick_device
-from .packing import Pack, load_pack
+from .packing import Pack, beside, load_pack
 from .processes import decided, joined, rank
 from .texture import texture_clusters
 
@@ -141,7 +141,7 @@ def marsclr_cluster(
     pack:str,        # pack folder
     source:str='features', # texture, features, pixels, capture or labels
     clusters:int=150, # how many (K); 0: as many as three seeds agree on most (features and pixels)
-    to:str='',       # the .npz file to write; PACK.SOURCE.npz by default
+    to:str='',       # the .npz file to write; PACK.SOURCE.npz by default (PACK without `.pack`)
     run:str='',      # run folder of marsclr_pretrain: whose features, or what texture begins with; random weights if not given
     backbone:str='resnet18', # timm name of the network, if no run is given
     size:int=0,      # side of the images that are clustered; that of the pack by default
@@ -152,7 +152,7 @@ def marsclr_cluster(
 ):
     "Find a cluster for every image of a pack; goes on where it stopped"
     if source not in sources: raise MarsclrError(f'source {source!r} is not known: choose from {" ".join(sources)}')
-    data,to = load_pack(pack),Path(to or f'{Path(pack).with_suffix("")}.{source}.npz')
+    data,to = load_pack(pack),Path(to or f'{beside(pack)}.{source}.npz')
     if to.suffix != '.npz': raise MarsclrError(f'--to {to}: give a name that ends in .npz')
     with joined(pick_device(device)):
         if decided(to.exists): raise MarsclrError(f'{to} exists: remove it or give another file with --to')

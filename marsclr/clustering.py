@@ -86,10 +86,10 @@ def pixel_features(
 # %% ../nbs/02_clustering.ipynb #9d0d3b1c
 def kmeans(
     x,          # (N, D) float32, a row an image
-    k:int,      # clusters
+    k:int,      # clusters, at most
     seed:int=42,
     tries:int=1, # beginnings; the best is kept
-) -> tuple: # ids (N,) int64; distances to the centres (N,) float32
+) -> tuple: # ids (N,) int64, without gaps; distances to the centres (N,) float32
     "k-means (faiss, 20 iterations over all points)"
     if not 1 <= k <= len(x): raise MarsclrError(f'{k} clusters of {len(x)} images: give a number between 1 and {len(x)}')
     x = np.ascontiguousarray(x, dtype=np.float32)
@@ -98,7 +98,7 @@ def kmeans(
     km.train(x)
     squared,ids = km.index.search(x, 1)
     alike = _first_alike(x)
-    return ids[alike,0].astype(np.int64), np.sqrt(squared[alike,0].clip(0)).astype(np.float32)
+    return np.unique(ids[alike,0], return_inverse=True)[1], np.sqrt(squared[alike,0].clip(0)).astype(np.float32)
 
 def _first_alike(x):
     "Of each row, the first one that has the same numbers"

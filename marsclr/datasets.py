@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['columns', 'image_suffixes', 'parse_name', 'Archive', 'make_table', 'read_classes', 'read_labels', 'check_files',
-           'msl', 'hirise', 'find_images', 'image_folder', 'imagenet', 'subset', 'concat', 'rovers', 'is_copy']
+           'msl', 'hirise', 'find_images', 'image_folder', 'imagenet', 'subset', 'join_classes', 'concat', 'rovers',
+           'is_copy']
 
 # %% ../nbs/00_datasets.ipynb #657362bb
 import os, re
@@ -18,7 +19,7 @@ from .core import MarsclrError, data_root
 # %% ../nbs/00_datasets.ipynb #d044d222
 _grammars = [
     ('Curiosity', r'(?P<sol>\d{4})(?P<camera>M[LRHD])(?P<sequence>\d{9})\d{7}[A-Z]\d{2}'),
-    ('Curiosity', r'(?P<camera>[NFRC][LRC])[AB_]_(?P<time>\d{9})[A-Z]{3}_.\d{7}(?P<sequence>.{9})'),
+    ('Curiosity', r'(?P<camera>[NFRC][LRC])[AB0_]_(?P<time>\d{9})[A-Z]{3}_.\d{7}(?P<sequence>.{9})'),
     ('Perseverance', r'(?P<camera>[A-Z][A-Z0-9])[A-Z0-9_]._?(?P<sol>\d{4}).(?P<time>\d{10}_\d{3})[A-Z]{3}_[NT]\d{7}(?P<sequence>.{9})'),
     ('MRO', r'(?P<sequence>(?:ESP|PSP|AEB|TRA)_\d{6}_\d{4})_(?P<camera>[A-Z]+)'),
 ]
@@ -83,7 +84,7 @@ def read_classes(
     "Class names of an archive"
     if not Path(path).is_file(): raise MarsclrError(f'{path} is missing: the archive is incomplete')
     rows = [re.split(r'[,\s]+', o.strip(), maxsplit=1) for o in Path(path).read_text().splitlines() if o.strip()]
-    if [o[0] for o in rows] != [str(i) for i in range(len(rows))]: raise MarsclrError(f'{path}: ids must run from 0 up, one `ID,NAME` a line')
+    if [o[0] for o in rows] != [str(i) for i in range(len(rows))] or min(map(len, rows), default=2) < 2: raise MarsclrError(f'{path}: ids must run from 0 up, one `ID,NAME` a line')
     return [o[1] for o in rows]
 
 def read_labels(
@@ -179,15 +180,24 @@ def subset(
     if not 0 < n <= len(archive): raise MarsclrError(f'a subset of {n} images cannot be drawn from the {len(archive)} of {archive.name}')
     return archive.where(np.sort(np.random.default_rng(seed).permutation(len(archive))[:n]))
 
+def join_classes(
+    lists, # class lists of several parts, one after the other
+) -> tuple: # all classes; by how much the labels of each part move up
+    "One class list from several; equal ones count once"
+    classes,up = [],{}
+    for o in map(tuple, lists):
+        if o in up: continue
+        up[o] = len(classes)
+        classes += o
+    return classes, [up[tuple(o)] for o in lists]
+
 def concat(
     *archives:Archive, # two or more
 ) -> Archive: # rooted at their common folder
     "Archives one after the other; labels of differing class lists are kept apart"
     root = Path(os.path.commonpath([Path(o.root).absolute() for o in archives]))
-    classes,tables = list(archives[0].classes),[]
-    for i,a in enumerate(archives):
-        up = 0 if i == 0 or a.classes == archives[0].classes else len(classes)
-        if up or not classes: classes += a.classes
+    (classes,ups),tables = join_classes([o.classes for o in archives]),[]
+    for a,up in zip(archives, ups):
         prefix = Path(a.root).absolute().relative_to(root).as_posix()
         t = a.table.assign(path=(prefix+'/' if prefix != '.' else '') + a.table.path, label=a.table.label.where(a.table.label < 0, a.table.label+up))
         tables.append(t)

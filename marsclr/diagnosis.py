@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['line', 'spread', 'freedom', 'random_pairs', 'pairs_figure', 'spread_sample', 'centred', 'yardstick', 'homogeneity',
-           'rate_of', 'references', 'fit_line', 'left_out', 'estimate_rate', 'judge', 'nearest_other',
+           'rate_of', 'references', 'fit_line', 'left_out', 'misses', 'estimate_rate', 'judge', 'nearest_other',
            'near_duplicates', 'recommend', 'print_bursts', 'diagnose', 'marsclr_falseneg']
 
 # %% ../nbs/05a_diagnosis.ipynb #b4f3becb
@@ -16,7 +16,7 @@ from .clustering import capture_clusters, kmeans, pixel_features
 from .core import MarsclrError, command, whole
 from .encoders import create_encoder, encode
 from .false_negatives import false_negative_rate, print_rates
-from .packing import Pack, concat_packs, load_pack
+from .packing import Pack, beside, concat_packs, load_pack
 
 # %% ../nbs/05a_diagnosis.ipynb #059e91c9
 def random_pairs(
@@ -137,6 +137,15 @@ def left_out(
         said[table.family == family] = slope*table.homogeneity + intercept
     return said
 
+def misses(
+    table:pd.DataFrame, # what `references` made
+    but='',             # a family whose own errors do not count
+) -> tuple: # root mean square error of families left out, in logits, families weighing the same; families less one
+    "How far a line errs on a family that it has not seen"
+    error = (np.log(table.rate/(1-table.rate)) - left_out(table))[[but not in o.split(' + ') for o in table.family]]
+    squares = (error**2).groupby(table.family).mean()
+    return float(squares.mean()**.5), len(squares)-1
+
 # %% ../nbs/05a_diagnosis.ipynb #3f235391
 line,spread,freedom = (82.53, -80.90), 1.68, 5 # slope and intercept; root mean square error of families left out, in logits; families less one
 
@@ -146,6 +155,8 @@ def estimate_rate(
     pairs:int=48,      # looked at
     quantiles=(.05, .25, .5, .75, .95),
     line=line,         # slope and intercept
+    spread=spread,     # of the errors, in logits
+    freedom=freedom,   # of Student's t
 ) -> np.ndarray: # of the posterior, in [0, 1]
     "The false-negative rate from likeness, and from what an eye has counted"
     logit = np.linspace(-14, 10, 4801)
@@ -166,11 +177,12 @@ def judge(
     "Estimates of the rate against the rate"
     rows = []
     for family,pack in ((f, o) for f,packs in tests.items() for o in packs):
-        others = fit_line(table[[family not in o.split(' + ') for o in table.family]])
+        others = table[[family not in o.split(' + ') for o in table.family]]
+        unseen = dict(zip(('line', 'spread', 'freedom'), (fit_line(others), *misses(table, family))))
         pack,rate,likeness = pack.where((pack.table.label >= 0).to_numpy()),rate_of(pack),homogeneity(pack, **kwargs)
         label = pack.table.label.to_numpy()
         alike = [int((label[p[:,0]] == label[p[:,1]]).sum()) for p in (random_pairs(len(pack), seed=s) for s in range(looks))]
-        blind,seen = estimate_rate(likeness, line=others),np.array([estimate_rate(likeness, a, line=others) for a in alike])
+        blind,seen = estimate_rate(likeness, **unseen),np.array([estimate_rate(likeness, a, **unseen) for a in alike])
         rows.append(dict(name=pack.name, homogeneity=likeness, rate=rate, **dict(zip(('low', 'quarter', 'middle', 'three quarters', 'high'), blind)),
                          seen_low=seen[:,0].mean(), seen_middle=seen[:,2].mean(), seen_high=seen[:,4].mean(), hold=((seen[:,0] <= rate) & (rate <= seen[:,4])).mean()))
     return pd.DataFrame(rows)
@@ -237,13 +249,13 @@ def print_bursts(
 def diagnose(
     source:str,   # pack folder
     alike:int=-1, # of the numbered pairs in the picture: how many show the same thing to you; -1: not looked yet
-    to:str='',    # the picture to write; PACK.pairs.png by default
+    to:str='',    # the picture to write; PACK.pairs.png by default (PACK without `.pack`)
     batch:int=128, # images in a batch
     seed:int=42,  # of the pairs
     device=None,  # fastai's default device by default
 ) -> np.ndarray: # quantiles of the false-negative rate
     "How often would the negatives of an unlabeled archive be false, and what to do?"
-    pack,to = load_pack(source),Path(to or f'{Path(source).with_suffix("")}.pairs.png')
+    pack,to = load_pack(source),Path(to or f'{beside(source)}.pairs.png')
     pairs = random_pairs(len(pack), seed=seed)
     if not 2 <= batch <= len(pack): raise MarsclrError(f'--batch {batch}: give a number between 2 and {len(pack)}, the images of {source}')
     if not -1 <= alike <= len(pairs): raise MarsclrError(f'--alike {alike}: give how many of the {len(pairs)} pairs show the same thing, or -1')
@@ -256,8 +268,9 @@ def diagnose(
     print('sorted by thumbnails into so many clusters, pairs that share one: ' + ', '.join(f'{k}: {(o**2).sum():.1%}' for k,o in shares.items()))
     likely = near[~near.one_burst].nlargest(8, 'similarity')
     names = [*range(1, len(pairs)+1), *(f'similarity {o:.3f}' for o in likely.similarity)]
-    with whole(to) as p: pairs_figure(pack, np.concatenate([pairs, likely[['row', 'nearest']]]), names, f'{len(pairs)} random pairs of {pack.name}; below, the most alike of different bursts').savefig(p, format='png')
-    plt.close('all')
+    fig = pairs_figure(pack, np.concatenate([pairs, likely[['row', 'nearest']]]), names, f'{len(pairs)} random pairs of {pack.name}; below, the most alike of different bursts')
+    with whole(to) as p: fig.savefig(p, format='png')
+    plt.close(fig)
     print(f'false among the assumed negatives: about {rate[2]:.1%}; as likely as not {rate[1]:.1%} to {rate[3]:.1%}; with 90 % {rate[0]:.1%} to {rate[4]:.1%}')
     if alike < 0: print(f'look at {to}, count the numbered pairs that show the same thing, and say --alike COUNT: the interval will be much narrower')
     print(recommend(rate, batch))

@@ -95,8 +95,10 @@ def answer(self:Fetcher,
     self.pause(self.hold(0))
     with self.session.get(url, stream=True, timeout=(5, self.patience), **kwargs) as r:
         _check_head(r)
-        self.hosts[urlsplit(url).netloc] = time.monotonic()
-        yield r
+        try:
+            self.hosts[urlsplit(url).netloc] = time.monotonic()
+            yield r
+        finally: self.hosts[urlsplit(url).netloc] = time.monotonic()
 
 @patch
 def body(self:Fetcher,
@@ -280,23 +282,25 @@ def _told(chunks, part, tell):
 def filling(
     folder, # what is being filled
     name='.lock', # of the file that says so
+    kept=True,    # of what has come, where that is interrupted
 ):
     "Work on a folder alone; where that is interrupted, say how to go on"
     folder = Path(folder)
     new = [o for o in (folder, *folder.parents) if not o.exists()]
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder/name)
+    lock,again = FileLock(folder/name),'the same command goes on from there' if kept else 'the same command begins anew'
+    left = f'what has come is in {folder}' if kept else 'nothing is kept'
     try:
         with lock.acquire(timeout=0):
             try: yield
             finally:
                 if os.listdir(folder) == [name]: _take_away(folder/name, new)
     except Timeout as e: raise MarsclrError(f'{folder} is being filled by another process: wait for it, or give another folder') from e
-    except KeyboardInterrupt as e: raise MarsclrError(f'interrupted: what has come is in {folder}, the same command goes on from there') from e
-    except Stopped as e: raise Stopped(f'stopped: what has come is in {folder}, the same command goes on from there') from e
+    except KeyboardInterrupt as e: raise MarsclrError(f'interrupted: {left}, {again}') from e
+    except Stopped as e: raise Stopped(f'stopped: {left}, {again}') from e
     except OSError as e:
         if isinstance(e, requests.RequestException) or e.errno not in (errno.ENOSPC, errno.EDQUOT): raise
-        raise MarsclrError(f'no room is left on the disk of {folder}: make some, the same command goes on from there') from e
+        raise MarsclrError(f'no room is left on the disk of {folder}: make some, {again}') from e
 
 def _take_away(lock, new):
     "Leave no empty folders behind"

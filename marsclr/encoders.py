@@ -58,7 +58,7 @@ def conv_by_matrix(
 
 # %% ../nbs/01a_encoders.ipynb #f96a2ce6
 class Conv2d(nn.Conv2d):
-    "A convolution that takes maps of up to nine pixels, on the CPU, as a matrix product"
+    "A plain convolution without bias that takes maps of up to nine pixels, on the CPU, as a matrix product"
     def forward(self,
         x:torch.Tensor, # (B, C, H, W)
     ) -> torch.Tensor: # (B, D, h, w)
@@ -94,7 +94,7 @@ class Stages(nn.Module):
     "Mean and standard deviation of each map of some stages of an encoder"
     def __init__(self,
         encoder:nn.Module, # what `create_encoder` made, of a kind that timm can take apart
-        names=(),          # stages, as `layer3` of a ResNet; all but the stem by default
+        names=(),          # stages, as `layer3` of a ResNet; the last four by default
         spread=True,       # the standard deviations too
     ):
         super().__init__()
@@ -173,7 +173,7 @@ def encode(
     pack:Pack,         # what to encode
     size:int=None,     # side of the images, that of the pack by default
     bs:int=64,         # images at a time
-    device=None,       # fastai's default device by default
+    device=None,       # as `pick_device` takes it
     progress=False,    # show a progress bar
 ) -> torch.Tensor: # (N, num_features) float32, on the CPU
     "Features of whole images, in evaluation mode and in bfloat16 where the device is fast at it; the encoder's own mode is restored. Several processes share the work"

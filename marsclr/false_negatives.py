@@ -77,16 +77,18 @@ def read_counts(
 ) -> np.ndarray: # images of each class
     "Class counts from wherever they are"
     path = Path(source)
-    if path.is_dir():
+    try: folder,file = path.is_dir(),path.is_file()
+    except OSError: folder,file = False,False  # longer than a file name can be
+    if folder:
         label = load_pack(path).table.label.to_numpy()
         if not (label >= 0).any(): raise MarsclrError(f'{source} has no labels: give class counts, a label file, or a labeled pack')
         return np.bincount(label[label >= 0])
-    try: words = path.read_text().split('\n') if path.is_file() else source.split(',')
+    try: words = path.read_text().split('\n') if file else source.split(',')
     except UnicodeDecodeError as e: raise MarsclrError(f'{source} is not a text file of labels') from e
     try: numbers = [int(o.split()[-1]) for o in words if o.strip()]
     except ValueError as e: raise MarsclrError(f'{source!r} is neither a pack, nor a file with a label at the end of each line, nor numbers separated by commas') from e
     if min(numbers, default=0) < 0: raise MarsclrError(f'{source!r} holds {min(numbers)}: give numbers from 0 up')
-    return np.bincount(numbers) if path.is_file() else np.array(numbers, dtype=np.int64)
+    return np.bincount(numbers) if file else np.array(numbers, dtype=np.int64)
 
 def class_by_cluster(
     pack:str,     # labeled pack folder

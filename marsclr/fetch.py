@@ -135,7 +135,7 @@ def marsclr_fetch(
     wait:float=1.,     # seconds before the second try; doubled for each one more, up to a minute
     patience:float=30., # seconds until a transfer that stands still, or brings less than 10 kB/s, is cut
 ):
-    "Fetch an archive; whatever stops it, the same command goes on from there"
+    "Fetch an archive; whatever stops it, the same command goes on from there (the draw of ImageNet begins anew)"
     o = dict(sols=sols, cameras=cameras, size=size, every_frame=every_frame, images=images, seed=seed, manifest=manifest, from_folder=from_folder, balanced=balanced)
     kind = _kind(what, manifest)
     _check_options(what, kind, [k for k,v in o.items() if v not in ('', 0, False) and (k, v) != ('seed', 42)])

@@ -196,7 +196,7 @@ def curve_figure(
         for method,colour in colours.items():
             m = t[t.method == method].sort_values('before')
             for part,style in ((m[m.burst == 1], dict(marker='o', ls='-', ms=4)), (m[m.burst > 1], dict(marker='o', ls='', mfc='white', ms=5))):
-                ax.errorbar(part.before, part[y], yerr=part[sd] if sd else None, color=colour, lw=1, capsize=2, label=method if part is m or style['ls'] == '-' else None, **style)
+                ax.errorbar(part.before, part[y], yerr=part[sd] if sd else None, color=colour, lw=1, capsize=2, label=method if style['ls'] == '-' else None, **style)
         ax.set(xscale='log', xlabel='false among the negatives of eq. 1, %')
         ax.set_xticks([1, 3, 10, 30, 50], [1, 3, 10, 30, 50])
         ax.minorticks_off()

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['groups', 'key', 'paper_says', 'grid', 'config_of', 'draw_labels', 'run_facts', 'read_cells', 'missing', 'price',
-           'half_width', 'pm', 'less', 'summary', 'method_figure', 'labels_figure', 'clusters_figure', 'changes',
-           'ablation_figure', 'pool_rates', 'fig5_figure', 'draw_tables']
+           'half_width', 'pm', 'less', 'summary', 'method_figure', 'labels_figure', 'clusters_figure', 'base_of',
+           'changes', 'ablation_figure', 'pool_rates', 'fig5_figure', 'draw_tables']
 
 # %% ../nbs/07d_paper.ipynb #c2a8b0b1
 import hashlib, json, time
@@ -158,14 +158,15 @@ def run(self:Lab,
 # %% ../nbs/07d_paper.ipynb #24b9d10b
 def price(
     cells:pd.DataFrame, # what is missing
-    settings:dict,      # of a preset: `pool_images`, `images_per_s`, `probe_s`
+    settings:dict,      # of a preset: `pool_images`, `labeled_images` (in train, for the supervised run, which takes one view of each), `images_per_s`, `probe_s`
     to,                 # folder of the runs: encoders that are there cost nothing
 ) -> pd.DataFrame: # one row a group and method: cells, encoders to train, minutes
     "What the missing cells will take, roughly"
     def minutes(method, cells, encoders):
         base = dict(epochs=400, image_size=224, refresh=0) | settings['pretrain']
-        s = base | recipe_of(method).get('pretrain', {})
-        each = s['epochs']*settings['pool_images']/settings['images_per_s']*(s['image_size']/base['image_size'])**2
+        s,images = base | recipe_of(method).get('pretrain', {}),settings['pool_images']
+        if method == 'supervised from scratch': s,images = s | settings['supervised'],settings['labeled_images']/2
+        each = s['epochs']*images/settings['images_per_s']*(s['image_size']/base['image_size'])**2
         refreshes = (s['epochs']-1)//s['refresh'] if s['refresh'] else 0
         return round((encoders*(each + refreshes*settings['probe_s']) + cells*settings['probe_s'])/60)
     own = cells.assign(folder=[run_name(encoder_of(m), *([p.split()[0].lower()] if m == 'supervised from scratch' else []), f'seed{s}') for m,s,p in zip(cells.method, cells.seed, cells['pack'])])
@@ -280,32 +281,36 @@ def clusters_figure(
     return fig
 
 # %% ../nbs/07d_paper.ipynb #cbe85f29
+def base_of(
+    method:str,
+) -> str: # the method without the setting; equation 1, where it has none
+    "What an ablation is read against"
+    name = ', '.join(o for o in method.split(', ') if '=' not in o)
+    return name if name != method else 'eq. 1'
+
 def changes(
     table:pd.DataFrame, # cells of one pack and share of labels
-    over='eq. 1',       # the method to compare with
 ) -> pd.DataFrame: # in % and points, means over seeds
-    "What each method has on val and on test, and what it gains there"
-    columns = dict(val='val_accuracy', test='accuracy')
-    means = table.groupby('method', sort=False)[[*columns.values()]].mean()*100
-    parts = {k: v for name,c in columns.items() for k,v in {name: means[c], f'{name}, less {over}': less(table, over, c)['mean'].astype(float)}.items()}
-    return pd.DataFrame(parts, index=means.index).round(1)
+    "What each method has on val and on test, and what it gains there on what it changes"
+    means = table.groupby('method', sort=False)[['val_accuracy', 'accuracy']].mean()*100
+    def gained(c): return pd.Series({m: less(table, base_of(m), c)['mean'].get(m, np.nan) for m in means.index}, dtype=float)
+    return pd.DataFrame({'val': means.val_accuracy, 'val, gained': gained('val_accuracy'), 'test': means.accuracy, 'test, gained': gained('accuracy')}).round(1)
 
 def ablation_figure(
     table:pd.DataFrame, # cells of all labels
-    over='eq. 1',       # what the others change
 ):
     "What each change gains on val (hollow) and on test (filled)"
     packs = list(dict.fromkeys(table.pack))
-    order = changes(table[table.pack == packs[0]], over).drop(over).sort_values(f'val, less {over}').index.tolist()
+    order = changes(table[table.pack == packs[0]])['val, gained'].dropna().sort_values().index.tolist()
     fig,axs = plt.subplots(1, len(packs), figsize=(2.4+2.4*len(packs), .9+.24*len(order)), dpi=80, sharey=True, squeeze=False, layout='constrained')
     for ax,name in zip(axs[0], packs):
         t = table[table.pack == name]
-        d,one = changes(t, over).reindex(order),t[t.method == over]
+        d,one = changes(t).reindex(order),t[t.method == 'eq. 1']
         ax.axvspan(*(np.array([-50, 50])*(one.high-one.low).mean()), color='tab:orange', alpha=.2, lw=0)
         ax.axvline(0, ls=':', color='grey')
-        ax.plot(d[f'val, less {over}'], range(len(d)), 'o', mfc='white', color='tab:blue', ms=5)
-        ax.plot(d[f'test, less {over}'], range(len(d)), '.', color='black', ms=8)
-        ax.set(title=name, xlabel=f'less {over}, points', yticks=range(len(d)), yticklabels=[o.removeprefix(f'{over}, ') for o in order])
+        ax.plot(d['val, gained'], range(len(d)), 'o', mfc='white', color='tab:blue', ms=5)
+        ax.plot(d['test, gained'], range(len(d)), '.', color='black', ms=8)
+        ax.set(title=name, xlabel='gained, points', yticks=range(len(d)), yticklabels=[o.removeprefix('eq. 1, ') for o in order])
         ax.title.set_size(9)
     return fig
 

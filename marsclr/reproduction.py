@@ -50,13 +50,13 @@ cells = dict(groups={k: v for k,v in groups.items() if k not in ('ablations', 'r
 
 presets |= dict(
     laptop=dict(
-        marsyard=dict(cells, size=96, pretrain=yard, packs=['MarsYard'], k={}, natural=600, images=600, draws=2, pool_images=2500, images_per_s=200, probe_s=10,
+        marsyard=dict(cells, size=96, pretrain=yard, packs=['MarsYard'], k={}, natural=600, images=600, draws=2, pool_images=2500, labeled_images=1050, images_per_s=200, probe_s=10,
                       groups=dict(fig3={o: [42, 43] for o in ('random weights', 'eq. 1', 'DCL', 'mixed-domain', 'eq. 2, true classes')}, table2={'natural only': [42]}, fig8={'eq. 1': [42]})),
-        msl=dict(cells, groups=groups, size=192, pretrain=laptop, supervised=dict(image_size=64, epochs=10), texture=dict(k=150, epochs=12, embed_size=128), natural=2000, images=2000, pool_images=7373, images_per_s=100, probe_s=60)),
+        msl=dict(cells, groups=groups, size=192, pretrain=laptop, supervised=dict(image_size=64, epochs=10), texture=dict(k=150, epochs=12, embed_size=128), natural=2000, images=2000, pool_images=7373, labeled_images=5920, images_per_s=100, probe_s=60)),
     gpu=dict(msl=dict(cells, size=192, pretrain=dict(laptop, epochs=40, batch_size=128, image_size=96), supervised=dict(epochs=40, batch_size=128), texture=dict(k=150, epochs=100),
-                      natural=2000, images=2000, pool_images=7373, images_per_s=5000, probe_s=2)),
-    paper=dict(msl=dict(cells, size=256, pretrain=dict(backbone='resnet50'), supervised=dict(backbone='resnet50', image_size=224, epochs=100, batch_size=128, lr=3e-4),
-                        texture=dict(k=150, epochs=100), natural=56_000, images=100_000, pool_images=112_535, images_per_s=2400, probe_s=60)))
+                      natural=2000, images=2000, pool_images=7373, labeled_images=5920, images_per_s=5000, probe_s=2)),
+    paper=dict(msl=dict(cells, groups=cells['groups'] | dict(fig3={k: v for k,v in groups['fig3'].items() if k != 'eq. 2, true classes'}), size=256, pretrain=dict(backbone='resnet50'), supervised=dict(backbone='resnet50', image_size=224, epochs=100, batch_size=128, lr=3e-4),
+                        texture=dict(k=150, epochs=100), natural=56_000, images=100_000, pool_images=112_535, labeled_images=5920, images_per_s=2400, probe_s=60)))
 
 # %% ../nbs/08_reproduction.ipynb #3f9c6a5d
 def open_folder(
@@ -68,7 +68,7 @@ def open_folder(
     "Make a folder for the data and settings, or check that the one there is of the same"
     if data == 'msl' and not to.exists():
         for archive in (rovers, msl, hirise): archive()
-    settings = {k: v for k,v in settings.items() if k not in ('points', 'train_seeds', 'groups', 'labels', 'draws', 'packs', 'pool_images', 'images_per_s', 'probe_s')}
+    settings = {k: v for k,v in settings.items() if k not in ('points', 'train_seeds', 'groups', 'labels', 'draws', 'packs', 'pool_images', 'labeled_images', 'images_per_s', 'probe_s')}
     flat = {f'{k} {o}': v for k,part in settings.items() if isinstance(part, dict) for o,v in part.items()}
     open_run(to, dict(data=data, **{k: v for k,v in settings.items() if not isinstance(v, dict)}, **flat, **kwargs))
 
@@ -174,12 +174,13 @@ def reproduce(
     settings:dict, # of the preset
     seed:int=42,
     **kwargs       # passed on to `make_packs`
-) -> pd.DataFrame: # one row a method and labeled pack
+) -> pd.DataFrame: # one row a method and labeled pack, of this seed
     "The paper's chain: pack, pretrain with eq. 1, cluster, pretrain with eq. 2, probe"
     to = Path(to)
     open_folder(to, data, settings, **kwargs)
     packs = make_packs(data, to, settings['size'], **kwargs)
     table = probe_all(make_encoders(packs, to, settings, seed), packs, to/'table.csv', seed)
+    table = table[table.seed == seed]
     s = settings['pretrain']
     title = f"{s['backbone']}, {s['image_size']} px crops of {settings['size']} px images, {s['epochs']} epochs on {len(packs['pool'])} images, seed {seed}; dotted: majority class"
     with whole(to/'figure.png') as p: accuracy_figure(table, title).savefig(p, format='png')
@@ -270,7 +271,7 @@ def _cells(data, to, settings, only='', known='', dry_run=False, **kwargs):
     left = unpaid = _left(asked, to, known)
     for o in names: unpaid = missing(unpaid, read_cells(_table(o, to, known)))
     bill = price(unpaid, settings, to)
-    if dry_run: return f'{bill.to_string(index=False)}\n{len(unpaid)} cells are missing, about {bill.minutes.sum()/60:.1f} hours'
+    if dry_run: return f'{bill.to_string(index=False)}\ncells missing: {len(unpaid)}, about {bill.minutes.sum()/60:.1f} hours'
     open_folder(to, data, settings, **kwargs)
     packs = make_packs(data, to, settings['size'], **kwargs)
     if asked.method.map(lambda o: recipe_of(o).get('pool') not in (None, 'with train')).any():
@@ -301,4 +302,4 @@ def marsclr_reproduce(
     if preset in _chains and (only or known or dry_run): raise MarsclrError(f'preset {preset} has no cells: --only, --known and --dry-run are for laptop, gpu and paper')
     to,began,settings = Path(to or f'runs/{preset}-{data}'),time.perf_counter(),presets[preset][data]
     made = _chains[preset](data, to, settings, seed) if preset in _chains else _cells(data, to, settings, only, known, dry_run)
-    print(f'{made}, {(time.perf_counter()-began)/60:.1f} minutes')
+    print(made if dry_run else f'{made}, {(time.perf_counter()-began)/60:.1f} minutes')

@@ -89,9 +89,10 @@ class RunLearner(Learner):
         self.recorder.smooth_loss = SmoothLoss()
 
     def fit(self, n_epoch, **kwargs):
+        self.asked_to_stop = False
         def ask(*_): self.asked_to_stop = True
         several = self.distrib_ctx(sync_bn=self.dls.device.type == 'cuda') if world() > 1 else nullcontext()
-        with on_sigterm(ask), several: super().fit(n_epoch, **kwargs)
+        with on_sigterm(ask) if hasattr(self, 'run_folder') else nullcontext(), several: super().fit(n_epoch, **kwargs)
 
     def _do_fit(self):
         for self.epoch in range(self.first_epoch, self.n_epoch):
@@ -128,7 +129,7 @@ class Autocast(Callback):
 # %% ../nbs/01b_runs.ipynb #aabfa55f
 class RunFolder(Callback):
     "Checkpoint, log and resume in a run folder"
-    order = 57
+    order,run_valid = 57,False
     def __init__(self,
         path,             # the run folder
         save_every:int=0, # steps between checkpoints within an epoch; 0: only at its end
@@ -303,7 +304,7 @@ class RunProgress(ProgressCallback):
 # %% ../nbs/01b_runs.ipynb #a84ba2e3
 class RunLines(Callback):
     "The run's status as a line at the end of each epoch, and every minute of a long one"
-    order = 60
+    order,run_valid = 60,False
     def before_fit(self): self.learn.logger = noop
     def before_train(self): self.began = self.last = time.perf_counter()
     def after_batch(self):

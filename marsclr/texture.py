@@ -25,7 +25,7 @@ from . import __version__
 from .augmentations import Views
 from .clustering import Clusters, kmeans, load_clusters, whiten
 from .core import MarsclrError, addressed_uniform, one_line, read_json, whole
-from .encoders import create_encoder, encode, load_encoder, pick_device
+from .encoders import create_encoder, encode, fast_bf16, load_encoder, pick_device
 from .packing import Pack
 from .processes import decided, gather, joined, rank, world
 from .runs import Autocast, PackLoader, RunFolder, RunLearner, bare, open_run, show_progress
@@ -252,7 +252,7 @@ def texture_clusters(
     torch.manual_seed(seed)
     trunk,start = starting_trunk(init, backbone)
     check_trunk(trunk, image_size)
-    config = dict(settings, backbone=trunk.default_cfg['architecture'], crops=list(crops), start=start, pack=pack.name, images=len(pack), pack_fingerprint=pack.fingerprint, marsclr=__version__)
+    config = dict(settings, backbone=trunk.default_cfg['architecture'], crops=list(crops), start=start, precision='bf16' if fast_bf16(pick_device(device)) else 'fp32', pack=pack.name, images=len(pack), pack_fingerprint=pack.fingerprint, marsclr=__version__)
     with joined(pick_device(device)):
         if open_run(run, config, 'clusters.npz'):
             if rank() == 0: print(f'texture clustering of {len(pack)} images into {k} from {start}', flush=True)
@@ -265,7 +265,7 @@ def _train(net, pack, run, c, save_every, device):
     loader = BalancedLoader(pack, np.arange(len(pack)) % c['k'], c['each'], c['seed'], device)
     views = ClusterViews(Views(c['image_size'], tuple(c['crops']), strength=0, flip=0, jitter=0, grey=0), c['each'], c['seed'])
     learn = RunLearner(DataLoaders(loader, loader, device=device), net.to(device, memory_format=torch.channels_last), TripletLoss(c['margin']), lr=c['lr'],
-                       opt_func=optimizers[c['optimizer']], cbs=[recluster, views, Autocast(), RunFolder(run, save_every)])
+                       opt_func=optimizers[c['optimizer']], cbs=[recluster, views, Autocast(c['precision'] == 'bf16'), RunFolder(run, save_every)])
     learn.recorder.valid_metrics = False
     show_progress(learn).fit(c['epochs'])
     ids,distances = recluster.cluster(c['epochs'])

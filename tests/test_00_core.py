@@ -52,6 +52,8 @@ def test_whole_files_or_none():
         with expect_fail(OSError), whole(Path(d)/'deep/er/log.csv') as p: raise OSError('disk full')
         test_eq(sorted(o.name for o in Path(d).iterdir()), ['log.csv', 'old.csv'])
 
+    test_eq(one_line(ValueError('two\n  lines')), 'ValueError: two lines')
+
     with tempfile.TemporaryDirectory() as d:
         write_json(Path(d)/'a.json', {'seed': 1})
         test_eq(read_json(Path(d)/'a.json'), {'seed': 1})

@@ -21,6 +21,7 @@ def test_a_name_is_a_record():
     navcam = parse_name('NLF_0010_0667834021_000EBY_N0030578NCAM00709_01_195J01.png')
     test_eq(navcam, dict(rover='Perseverance', camera='NL', sol=10, sequence='NCAM00709', time=667834021.000))
     test_eq(parse_name('NLA_397681967EDR_F0020000AUT_04096M1.jpg')['time'], 397681967)
+    test_eq(parse_name('CR0_397506434EDR_F0010008CCAM00000M_.JPG')['sequence'], 'CCAM00000')
     test_eq(parse_name('ESP_011283_2265_RED-0030.jpg')['sequence'], 'ESP_011283_2265')
     test_eq(parse_name('holiday.jpg')['rover'], '')
 
@@ -73,6 +74,7 @@ def test_subsets_and_mixed_domains():
     test_eq(mixed.table.path.tolist(), ['rocks/1.jpg', 'rocks/2.jpg', 'rocks/3.jpg', 'cats/1.jpg', 'cats/2.jpg'])
     test_eq(mixed.table.label.tolist(), [0, 1, 1, 2, -1])
     test_eq(mixed.classes, ['float', 'layers', 'cat'])
+    test_eq(concat(a, b, b).table.label.tolist(), [0, 1, 1, 2, -1, 2, -1])
     test_eq(subset(mixed, 3).table.path.tolist(), subset(mixed, 3).table.path.tolist())
     with expect_fail(MarsclrError, 'a subset of 9 images cannot be drawn from the 5'): subset(mixed, 9)
     mixed.table

@@ -11,7 +11,7 @@ from fastcore.basics import patch
 from fastprogress import progress_bar
 from PIL import Image, ImageOps
 from marsclr.core import MarsclrError, _to_disk, command, one_line, read_json
-from marsclr.datasets import Archive, hirise, image_folder, imagenet, msl, rovers
+from marsclr.datasets import Archive, hirise, image_folder, imagenet, join_classes, msl, rovers
 import tempfile, zlib
 from contextlib import redirect_stdout
 from threading import Thread
@@ -80,6 +80,8 @@ def test_the_pack():
     test_eq(eight.table.label.tolist(), [0, 0, 1, 1, 1, 2, 2, -1])
     with expect_fail(MarsclrError, 'packs of [4, 8] px cannot be put together'): concat_packs(five, Pack([light[:,:4,:4]], sky.table, ['sky']))
     eight
+
+    test_eq([beside(o) for o in ('runs/msl-v2.1.pack/', 'msl-v2.1')], ['runs/msl-v2.1', 'msl-v2.1'])
 
 
 def test_packing_an_archive():

@@ -9,7 +9,7 @@ from PIL import Image
 from torchvision.datasets.folder import find_classes
 from marsclr.core import MarsclrError, data_root, one_line, whole
 from marsclr.datasets import Archive, find_images, hirise, imagenet, msl
-from marsclr.downloads import Fault, Fetcher, check_digest, check_image, digest, filling, get_file, get_json
+from marsclr.downloads import Fault, Fetcher, Part, check_digest, check_image, digest, filling, get_file, get_json
 import io, tempfile
 from fastcore.test import *
 from marsclr.marsyard import write_marsyard
@@ -79,6 +79,13 @@ def test_a_record_of_zenodo():
         with expect_fail(MarsclrError, 'it was replaced'): fetch_zenodo('hirise', tmp/'wrong'/'hirise', Fetcher(rate=1000, wait=.01))
     assert not (tmp/'wrong').exists()
     records['msl']['inside'] = published
+
+    server = StandIn({f'/files/{name}': body}, {'/api/records/4033453': zenodo_record(body, name)})
+    with server:
+        os.environ['MARSCLR_MIRROR'] = server.url
+        for _ in range(2):
+            with expect_fail(MarsclrError, 'as published: do not use it'): fetch_zenodo('msl', tmp/'other'/'msl', Fetcher(rate=1000, wait=.01))
+    test_eq([o for o in os.listdir(tmp/'other') if o[0] != '.'], [name])
     del os.environ['MARSCLR_MIRROR']
 
 

@@ -17,7 +17,7 @@ from marsclr import __version__
 from marsclr.augmentations import Views
 from marsclr.clustering import Clusters, kmeans, load_clusters, whiten
 from marsclr.core import MarsclrError, addressed_uniform, one_line, read_json, whole
-from marsclr.encoders import create_encoder, encode, load_encoder, pick_device
+from marsclr.encoders import create_encoder, encode, fast_bf16, load_encoder, pick_device
 from marsclr.packing import Pack
 from marsclr.processes import decided, gather, joined, rank, world
 from marsclr.runs import Autocast, PackLoader, RunFolder, RunLearner, bare, open_run, show_progress

@@ -129,6 +129,7 @@ def test_table_2_on_real_images():
 
 def test_rates_of_an_archive():
     print_rates(','.join(map(str, files)))
+    test_eq(read_counts(','.join(['10']*1000)), np.full(1000, 10))
     found = feature_clusters(pixel_features(pack), pack, 10)
     found.save(tmp/'found.npz')
     print_rates(f'{tmp}/pack', 64, f'{tmp}/found.npz')

@@ -7,7 +7,7 @@ from marsclr.clustering import capture_clusters, kmeans, pixel_features
 from marsclr.core import MarsclrError, command, whole
 from marsclr.encoders import create_encoder, encode
 from marsclr.false_negatives import false_negative_rate, print_rates
-from marsclr.packing import Pack, concat_packs, load_pack
+from marsclr.packing import Pack, beside, concat_packs, load_pack
 import shutil, tempfile
 from fastcore.test import *
 from marsclr.cluster_quality import pair_quality
@@ -47,7 +47,7 @@ def test_without_looking():
 
 
 def test_from_likeness_to_a_rate():
-    global exact
+    global noisy
     table = references({'MarsYard': [two, hundred], 'other': [ten], 'natural': [hundred]}, parts=2, least=100, images=100, draws=1)
     test_close(table.rate[0], pair_quality(np.arange(len(two)), two.table.label.to_numpy())['false_negatives_before'], eps=1e-6)
     assert table[table.family == 'other + natural'].rate.is_monotonic_decreasing
@@ -58,6 +58,12 @@ def test_from_likeness_to_a_rate():
     test_close(fit_line(exact), (80, -78), eps=1e-6)
     test_close(left_out(exact)[:2], 80*x[:2]-78, eps=1e-6)
 
+    x = np.linspace(.9, .97, 40)
+    noisy = pd.DataFrame(dict(family=[*'abcd']*10, homogeneity=x, rate=1/(1+np.exp(-(80*x-78+np.random.default_rng(0).normal(0, 1, 40))))))
+    test_close(misses(noisy)[0], 1, eps=.25)
+    test_eq((misses(noisy)[1], misses(noisy, 'a')[1]), (3, 2))
+    misses(noisy)
+
 
 def test_an_estimate_with_its_interval():
     cases = {'blind': estimate_rate(.95), '8 of 48': estimate_rate(.95, 8), '800 of 4800': estimate_rate(.95, 800, 4800)}
@@ -67,7 +73,7 @@ def test_an_estimate_with_its_interval():
     test_close(many[2], 1/6, eps=.005)
     pd.DataFrame(cases, index=['5 %', '25 %', '50 %', '75 %', '95 %']).T.round(3)
 
-    judged = judge(exact.assign(family=['a', 'b', 'c', 'a + b']), dict(MarsYard=[ten]), images=200, draws=1)
+    judged = judge(noisy, dict(MarsYard=[ten]), images=200, draws=1)
     test_close(judged.rate, rate_of(ten))
     assert judged.hold[0] > .8 and (judged.seen_high - judged.seen_low < judged.high - judged.low).all()
     judged.round(3).T

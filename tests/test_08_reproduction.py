@@ -96,10 +96,10 @@ def test_from_the_command_line():
     with capture_output(): _cells('marsyard', tmp/'grid', few, n=400)
     test_eq(read_cells(tmp/'grid/fig3.csv').method.tolist(), ['random weights', 'eq. 1', 'mixed-domain'])
     test_eq(len(pd.read_csv(tmp/'grid/fig8.csv')), 400)
-    assert '4 cells are missing' in _cells('marsyard', tmp/'elsewhere', few, dry_run=True)
-    assert '0 cells are missing' in _cells('marsyard', tmp/'elsewhere', few, known=tmp/'grid', dry_run=True)
+    assert 'cells missing: 4' in _cells('marsyard', tmp/'elsewhere', few, dry_run=True)
+    assert 'cells missing: 0' in _cells('marsyard', tmp/'elsewhere', few, known=tmp/'grid', dry_run=True)
     more = dict(few, groups=dict(few['groups'], ablations={'eq. 1': [42], 'eq. 1, temperature=0.5': [42]}))
-    assert '1 cells are missing' in _cells('marsyard', tmp/'elsewhere', more, known=tmp/'grid', dry_run=True)
+    assert 'cells missing: 1' in _cells('marsyard', tmp/'elsewhere', more, known=tmp/'grid', dry_run=True)
     assert not (tmp/'elsewhere').exists()
     shutil.rmtree(tmp)
 

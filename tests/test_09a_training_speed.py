@@ -51,7 +51,7 @@ def test_where_the_time_goes():
 
 def test_does_memory_grow():
     mib = {n: train_memory(n, 'resnet10t', 32, 16) for n in (2, 20)}
-    assert np.isnan(mib[2]) or mib[20] < mib[2] + 20
+    assert mib[20] < mib[2] + 20 or not Path('/proc').exists()
     {f'{n} epochs': round(o) for n,o in mib.items()}
 
 
