@@ -11,13 +11,15 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np, pandas as pd, torch
+from fastcore.script import store_true
+from fastprogress import progress_bar
 from matplotlib import pyplot as plt
 from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score, silhouette_score
 from sklearn.metrics.cluster import contingency_matrix
-from .clustering import Clusters, capture_clusters, feature_clusters, kmeans, label_clusters, pixel_features
+from .clustering import Clusters, capture_clusters, feature_clusters, kmeans, label_clusters, pixel_features, pool_groups
 from .core import MarsclrError, command, whole
 from .encoders import create_encoder, encode, load_encoder, pick_device
-from .packing import Pack, beside, load_pack
+from .packing import Pack, beside, concat_packs, load_pack
 from .processes import decided, joined, rank
 from .texture import texture_clusters
 
@@ -53,7 +55,7 @@ def pair_quality(
     known = np.asarray(labels) >= 0
     table = contingency_matrix(np.asarray(labels)[known], np.asarray(clusters)[known]).astype(float)
     both,same_class,same_cluster,all_pairs = (_pairs(o) for o in (table, table.sum(1), table.sum(0), table.sum()))
-    return dict(false_negatives_before=same_class/all_pairs, caught=both/max(same_class, 1), swallowed=(same_cluster-both)/max(all_pairs-same_class, 1),
+    return dict(false_negatives_before=same_class/max(all_pairs, 1), caught=both/max(same_class, 1), swallowed=(same_cluster-both)/max(all_pairs-same_class, 1),
                 false_negatives_after=(same_class-both)/max(all_pairs-same_cluster, 1))
 
 # %% ../nbs/02b_cluster_quality.ipynb #414cd242
@@ -102,10 +104,11 @@ def k_table(
     x,          # (N, D) float32, what is to be clustered
     ks=many,    # candidates
     seeds=range(42, 45), # of k-means
+    progress=False, # show a progress bar
 ) -> pd.DataFrame: # a row a K: silhouette and stability
     "What can be seen of each K without labels"
     rows = []
-    for k in [k for k in ks if k < len(x)]:
+    for k in progress_bar([k for k in ks if k < len(x)], display=progress, leave=progress):
         runs = [kmeans(x, k, s, tries=5)[0] for s in seeds]
         rows.append(dict(k=k, silhouette=silhouette(x, runs[0]), stability=stability(runs)))
     return pd.DataFrame(rows).set_index('k')
@@ -114,10 +117,11 @@ def choose_k(
     x,       # (N, D) float32, what is to be clustered
     ks=many, # candidates
     seed:int=42, # of k-means
+    progress=False, # show a progress bar
 ) -> int:
     "The number of clusters that three seeds agree on most"
     if len(x) <= min(ks): raise MarsclrError(f'{len(x)} images are too few to choose a number of clusters: give one')
-    return int(k_table(x, ks, range(seed, seed+3)).stability.idxmax())
+    return int(k_table(x, ks, range(seed, seed+3), progress).stability.idxmax())
 
 # %% ../nbs/02b_cluster_quality.ipynb #b102e131
 def _texture(data, to, k, run, backbone, size, epochs, imagenet, seed, device):
@@ -125,22 +129,24 @@ def _texture(data, to, k, run, backbone, size, epochs, imagenet, seed, device):
     if epochs < 1: raise MarsclrError(f'--epochs {epochs}: give at least 1')
     return texture_clusters(data, to.with_suffix('.run'), k, epochs, embed_size=size, init=run or ('imagenet' if imagenet else 'random'), backbone=backbone, seed=seed, save_every=5, device=device or None)
 
-def _features(data, source, k, run, backbone, size, seed, device):
+def _features(data, source, k, bursts, run, backbone, size, seed, device):
     if source == 'pixels': x,name = pixel_features(data),source
     else:
         torch.manual_seed(seed)
         encoder = load_encoder(run) if run else create_encoder(backbone)
         x,name = encode(encoder, data, size or None, device=device or None, progress=True),f'features of {run or "a random "+backbone}'
-    return decided(lambda: feature_clusters(x, data, k or choose_k(torch.nn.functional.normalize(x, dim=1).numpy(), seed=seed), seed, name))
+    if bursts: x,name = pool_groups(x, capture_clusters(data).ids),f'{name} + capture'
+    return decided(lambda: feature_clusters(x, data, k or choose_k(torch.nn.functional.normalize(x, dim=1).numpy(), seed=seed, progress=True), seed, name))
 
 # %% ../nbs/02b_cluster_quality.ipynb #8f371c63
 sources = ('texture', 'features', 'pixels', 'capture', 'labels')
 
 @partial(command, several=True)
 def marsclr_cluster(
-    pack:str,        # pack folder
+    pack:str,        # pack folder; several, separated by commas, are one, as for marsclr_pretrain
     source:str='features', # texture, features, pixels, capture or labels
     clusters:int=150, # how many (K); 0: as many as three seeds agree on most (features and pixels)
+    bursts:store_true=False, # features and pixels: images of one sol, camera and sequence share their mean, and so their cluster
     to:str='',       # the .npz file to write; PACK.SOURCE.npz by default (PACK without `.pack`)
     run:str='',      # run folder of marsclr_pretrain: whose features, or what texture begins with; random weights if not given
     backbone:str='resnet18', # timm name of the network, if no run is given
@@ -150,9 +156,12 @@ def marsclr_cluster(
     seed:int=42,
     device:str='',   # cpu, cuda, ...; the best there is by default
 ):
-    "Find a cluster for every image of a pack; goes on where it stopped"
+    "Find a cluster for every image of a pack; texture goes on where it stopped"
     if source not in sources: raise MarsclrError(f'source {source!r} is not known: choose from {" ".join(sources)}')
-    data,to = load_pack(pack),Path(to or f'{beside(pack)}.{source}.npz')
+    if seed < 0: raise MarsclrError(f'--seed {seed}: give 0 or more')
+    if bursts and source not in ('features', 'pixels'): raise MarsclrError(f'--bursts goes with features and pixels, not with {source}')
+    if ',' in pack and not to: raise MarsclrError(f'{pack} are several packs: say with --to where their clusters are to be written')
+    data,to = concat_packs(*map(load_pack, pack.split(','))),Path(to or f'{beside(pack)}.{source}.npz')
     if to.suffix != '.npz': raise MarsclrError(f'--to {to}: give a name that ends in .npz')
     with joined(pick_device(device)):
         if decided(to.exists): raise MarsclrError(f'{to} exists: remove it or give another file with --to')
@@ -161,7 +170,7 @@ def marsclr_cluster(
             if not 0 <= clusters <= len(data): raise MarsclrError(f'--clusters {clusters}: give a number between 1 and {len(data)}, the images of {pack}, or 0')
             if size < 0: raise MarsclrError(f'--size {size}: give a number of pixels, or 0 for that of the pack')
             if source == 'texture': found = _texture(data, to, clusters, run, backbone, size, epochs, imagenet, seed, device)
-            else: found = _features(data, source, clusters, run, backbone, size, seed, device)
+            else: found = _features(data, source, clusters, bursts, run, backbone, size, seed, device)
         if rank(): return
     fig = show_clusters(found, data, 12)
     with whole(to.with_suffix('.png')) as p: fig.savefig(p, format='png')

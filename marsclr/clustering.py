@@ -45,7 +45,7 @@ def load_clusters(
     "Read clusters, and check that they are of this pack"
     try:
         with np.load(path) as f: c = Clusters(f['ids'], f['distances'], str(f['source']), str(f['pack']))
-    except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile) as e: raise MarsclrError(f'{path} cannot be read as clusters ({type(e).__name__})') from e
+    except (OSError, ValueError, KeyError, EOFError, TypeError, AttributeError, zipfile.BadZipFile) as e: raise MarsclrError(f'{path} cannot be read as clusters ({type(e).__name__})') from e
     if c.pack != pack.fingerprint: raise MarsclrError(f'{path} holds clusters of another pack ({c.pack}, not {pack.fingerprint} of {pack.name}): cluster this pack again')
     return c
 

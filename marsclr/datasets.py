@@ -78,12 +78,16 @@ def _folder(path, what):
     if not path.is_dir(): raise MarsclrError(f'{path} is not a folder: give the folder of {what}, or set MARSCLR_DATA to where it lies')
     return path
 
+def _lines(path):
+    if not Path(path).is_file(): raise MarsclrError(f'{path} is missing: the archive is incomplete')
+    try: return Path(path).read_text().splitlines()
+    except UnicodeDecodeError as e: raise MarsclrError(f'{path} is not a text file') from e
+
 def read_classes(
     path, # a file with `ID,NAME` lines (commas or white space)
 ) -> list: # class names by id
     "Class names of an archive"
-    if not Path(path).is_file(): raise MarsclrError(f'{path} is missing: the archive is incomplete')
-    rows = [re.split(r'[,\s]+', o.strip(), maxsplit=1) for o in Path(path).read_text().splitlines() if o.strip()]
+    rows = [re.split(r'[,\s]+', o.strip(), maxsplit=1) for o in _lines(path) if o.strip()]
     if [o[0] for o in rows] != [str(i) for i in range(len(rows))] or min(map(len, rows), default=2) < 2: raise MarsclrError(f'{path}: ids must run from 0 up, one `ID,NAME` a line')
     return [o[1] for o in rows]
 
@@ -92,9 +96,8 @@ def read_labels(
     classes, # class names by id
 ) -> pd.DataFrame: # name, label and, if the file has it, split; repeated lines dropped
     "The labels of an archive"
-    if not Path(path).is_file(): raise MarsclrError(f'{path} is missing: the archive is incomplete')
     rows = []
-    for i,o in enumerate(Path(path).read_text().splitlines(), 1):
+    for i,o in enumerate(_lines(path), 1):
         m = re.fullmatch(r'(\S+)\s+(\d+)(?:\s+(train|val|test))?', o.strip())
         if o.strip() and not m: raise MarsclrError(f'{path}, line {i}: expected `NAME ID` or `NAME ID SPLIT`, found {o.strip()!r}')
         if m and int(m[2]) >= len(classes): raise MarsclrError(f'{path}, line {i}: class {m[2]} is not among the {len(classes)} of the class map')
@@ -157,8 +160,8 @@ def image_folder(
     domain=None, # one word for where they come from, the folder's name by default
 ) -> Archive:
     "An unlabeled archive: all images below a folder"
-    root = Path(root)
-    return Archive(root.name, root, make_table(find_images(root), domain or root.name))
+    root,name = Path(root),Path(os.path.abspath(root)).name
+    return Archive(name, root, make_table(find_images(root), domain or name))
 
 def imagenet(
     root=None, # a folder with one subfolder a class, `imagenet-sample` under `data_root()` by default

@@ -297,7 +297,7 @@ def filling(
                 if os.listdir(folder) == [name]: _take_away(folder/name, new)
     except Timeout as e: raise MarsclrError(f'{folder} is being filled by another process: wait for it, or give another folder') from e
     except KeyboardInterrupt as e: raise MarsclrError(f'interrupted: {left}, {again}') from e
-    except Stopped as e: raise Stopped(f'stopped: {left}, {again}') from e
+    except Stopped as e: raise Stopped(f'stopped: {left}, {again}', e.by) from e
     except OSError as e:
         if isinstance(e, requests.RequestException) or e.errno not in (errno.ENOSPC, errno.EDQUOT): raise
         raise MarsclrError(f'no room is left on the disk of {folder}: make some, {again}') from e

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['pick_device', 'fast_bf16', 'conv_by_matrix', 'Conv2d', 'small_maps_by_matrix', 'create_encoder', 'Stages',
-           'projection_head', 'ContrastiveModel', 'save_encoder', 'load_encoder', 'encode', 'encode_to']
+           'projection_head', 'ContrastiveModel', 'save_encoder', 'load_encoder', 'check_size', 'encode', 'encode_to']
 
 # %% ../nbs/01a_encoders.ipynb #fe9cfe84
 import difflib, os, re
@@ -158,10 +158,23 @@ def load_encoder(
     return encoder.eval()
 
 # %% ../nbs/01a_encoders.ipynb #59a8f951
+@torch.no_grad()
+def check_size(
+    encoder:nn.Module, # images to features
+    size:int,          # side of the images, pixels
+    option='--size',   # where it is set
+):
+    "Some backbones take images of one size alone: refuse others before anything is done"
+    training,like = encoder.training,next(encoder.parameters(), torch.empty(0))
+    try: encoder.eval()(torch.zeros(1, 3, size, size, device=like.device, dtype=like.dtype))
+    except (AssertionError, RuntimeError) as e: raise MarsclrError(f'the backbone cannot take images of {size} px ({one_line(e)}): give another {option}, or another backbone') from e
+    finally: encoder.train(training)
+
 def _batches(encoder, pack, rows, size, bs, device, progress):
     "Features of some rows, a batch at a time"
     training,fast = encoder.training,fast_bf16(device)
     encoder.to(device, memory_format=torch.channels_last).eval()
+    check_size(encoder, size or pack.size)
     for i in progress_bar(range(0, len(rows), bs), display=progress, leave=progress):
         with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=fast):
             x = encoder(whole_views(pack[np.array(rows[i:i+bs])].to(device), size))

@@ -136,10 +136,10 @@ def to_rows(
     for o in images:
         try:
             row = feed.row(o, size)
-            row = row | dict(path=image_path(row['id'], row['sol'], row['url']), rover=feed.rover.capitalize())
+            if row['camera'] not in cameras or not (row.pop('full') or not full): continue
+            row |= dict(path=image_path(row['id'], row['sol'], row['url']), rover=feed.rover.capitalize())
         except (KeyError, TypeError, ValueError, AttributeError) as e: odd.append((str(o.get('imageid')), f'record cannot be used: {one_line(e)}'))
-        else:
-            if row['camera'] in cameras and (row.pop('full') or not full): rows.append({k: '' if v in (None, 'UNK') else v for k,v in row.items()})
+        else: rows.append({k: '' if v in (None, 'UNK') else v for k,v in row.items()})
     return rows, odd
 
 # %% ../nbs/00e_feeds.ipynb #fae0877d
@@ -207,6 +207,7 @@ def chosen(
             yield from o['rows']
     found = nsmallest(images, rows(), key=lambda o: rank(o['id'], seed)) if images else rows()
     found = list({o['id']: o for o in found}.values())
+    if len(found) < images: raise MarsclrError(f'{images} images cannot be drawn from the {len(found)} that there are')
     return found, odd, short
 
 # %% ../nbs/00e_feeds.ipynb #0dfd34d0
@@ -284,7 +285,9 @@ def fetch_rover(
     cameras,size = cameras or feed.cameras,size or ('large' if rover == 'perseverance' else 'full')
     asked = dict(rover=rover, sols=list(sols), cameras=cameras, size=size, full_frames=full, images=images, seed=seed)
     check_begun(to, asked)
-    these = range(sols[0], min(sols[1], latest_sol(fetcher, feed))+1)
+    newest = latest_sol(fetcher, feed)
+    these = range(sols[0], min(sols[1], newest)+1)
+    if not these: raise MarsclrError(f'sol {sols[0]} is still to come: the newest of {rover} is {newest}')
     with filling(to):
         write_json(to/'fetch.json', asked)
         lost = list_sols(fetcher, feed, to, these, cameras, size, full, connections, progress)
@@ -293,5 +296,5 @@ def fetch_rover(
         if progress: print(f'{len(rows)} images; at {fetcher.rate:g} a second that is {timedelta(seconds=round(len(rows)/fetcher.rate))}')
         bad = {f'sol {k}': v for k,v in lost.items()} | fetch_rows(fetcher, rows, to, connections, progress)
         table = write_table(rows, bad | odd, to, progress)
-        if not bad: shutil.rmtree(to/'.fetch')
+        if not bad and not images: shutil.rmtree(to/'.fetch')
     return table, bad | odd, short

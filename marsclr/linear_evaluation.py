@@ -141,6 +141,9 @@ def check_probe(
     rows = {s: np.flatnonzero((table.split == s) & (table.label >= 0)) for s in ('train', 'val', 'test')}
     for s,r in rows.items():
         if not len(r): raise MarsclrError(f'the pack has no labeled {s} images: the probe needs train, val and test')
+    train,val = (set(table.label.to_numpy()[rows[s]]) for s in ('train', 'val'))
+    if len(train) < 2: raise MarsclrError('all labeled train images of the pack are of one class: there is nothing to tell apart')
+    if not train & val: raise MarsclrError('no class of the val images occurs among the train images of the pack: the probe has nothing to choose by')
     return rows
 
 def probe(
@@ -153,7 +156,7 @@ def probe(
     "Train a probe on the train split, choose C on val, predict test"
     rows = check_probe(table, kind)
     x,y = ({s: np.asarray(o)[r] for s,r in rows.items()} for o in (features, table.label))
-    if not np.isfinite(x['train']).all(): raise MarsclrError('features hold NaN or infinity: the encoder has diverged')
+    if not all(np.isfinite(o).all() for o in x.values()): raise MarsclrError('features hold NaN or infinity: the encoder has diverged')
     if kind in ('logistic', 'projection'): predict,setting = fit_logistic(x, y)
     else: predict,setting = fit_layers(x, y, 128 if kind == 'dense128' else 0, seed=seed)
     return ProbeResult(y['test'], predict(x['test']), classes, setting, float((predict(x['val']) == y['val']).mean()))

@@ -18,8 +18,10 @@ from .core import MarsclrError, whole
 def _amplitude(m, beta, stretch, angle):
     fy,fx = np.meshgrid(np.fft.fftfreq(m), np.fft.rfftfreq(m), indexing='ij')
     f = np.hypot((fx*np.cos(angle)+fy*np.sin(angle))*stretch, (fy*np.cos(angle)-fx*np.sin(angle))/stretch)
-    f[0,0] = np.inf
-    return (f**(-beta/2)).astype(np.float32)
+    f[0,0] = 1
+    f = (f**(-beta/2)).astype(np.float32)
+    f[0,0] = 0
+    return f
 
 def noise_field(
     rng:np.random.Generator, # where the randomness comes from

@@ -7,7 +7,7 @@ __all__ = ['formats', 'layouts', 'decode', 'read_image', 'fingerprint', 'Pack', 
            'pack_archive', 'marsclr_pack']
 
 # %% ../nbs/00b_packing.ipynb #dc271d6d
-import csv, ctypes, fcntl, hashlib, io, json, os, re, shutil, stat, time, warnings
+import csv, ctypes, errno, fcntl, hashlib, io, json, os, re, shutil, stat, time, warnings
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, nullcontext, suppress
@@ -18,7 +18,7 @@ import numpy as np, pandas as pd, torch
 from fastcore.basics import patch
 from fastprogress import progress_bar
 from PIL import Image, ImageOps
-from .core import MarsclrError, _to_disk, command, one_line, read_json
+from .core import MarsclrError, Stopped, _to_disk, command, one_line, read_json
 from .datasets import Archive, hirise, image_folder, imagenet, join_classes, msl, rovers
 
 # %% ../nbs/00b_packing.ipynb #46009fc1
@@ -310,6 +310,11 @@ def _unfinished(to):
             with suppress(OSError):
                 for p in new: p.rmdir()
             raise
+        except KeyboardInterrupt as e: raise MarsclrError(f'interrupted: what has been decoded is in {tmp}, the same command goes on from there') from e
+        except Stopped as e: raise Stopped(f'stopped: what has been decoded is in {tmp}, the same command goes on from there', e.by) from e
+        except OSError as e:
+            if e.errno not in (errno.ENOSPC, errno.EDQUOT): raise
+            raise MarsclrError(f'no room is left on the disk of {tmp}, which has what is decoded: make some, the same command goes on') from e
     _to_disk(to.parent)
 
 # %% ../nbs/00b_packing.ipynb #c157faa1

@@ -10,13 +10,15 @@ __all__ = ['world', 'rank', 'joined', 'cause', 'marsclr_launch', 'gather', 'mean
 import os, subprocess, sys, time
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 
-import torch, torch.distributed as dist
+import psutil, torch, torch.distributed as dist
 from accelerate import PartialState
+from accelerate.commands.config.config_args import default_config_file
 from accelerate.commands.launch import launch_command, launch_command_parser
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from .core import MarsclrError
+from .core import MarsclrError, on_signal
 
 # %% ../nbs/00d_processes.ipynb #825fb788
 def world() -> int: # 1 without a launcher
@@ -53,10 +55,19 @@ def cause(
     if failure.exitcode > 0 and not isinstance(failure.message, dict): said = f'exit status {failure.exitcode}, see its lines above'
     return f'process {i} failed first: {" ".join(said.split())}'
 
+def _defaults(argv):
+    "What `accelerate config` would have asked; port 0 is any that is free"
+    if any(o.startswith('--config_file') for o in argv) or Path(default_config_file).is_file(): return {}
+    return dict(num_machines=1, mixed_precision='no', dynamo_backend='no', **({} if '--num_machines' in argv else dict(main_process_port=0)))
+
+def _pass_on(number, _):
+    "Of a single process the launcher is the parent; of several, torch's own agent hears the signal"
+    for o in psutil.Process().children(): o.send_signal(number)
+
 def marsclr_launch(argv=None):
     "`accelerate launch` (the same options), which starts several processes on a CPU too, and whose last line says why it ended"
     argv = list(sys.argv[1:] if argv is None else argv)
-    for k,v in dict(num_machines=1, mixed_precision='no', dynamo_backend='no').items():
+    for k,v in _defaults(argv).items():
         if f'--{k}' not in argv: argv = [f'--{k}', str(v), *argv]
     parser = launch_command_parser()
     parser.prog = 'marsclr_launch'
@@ -64,10 +75,12 @@ def marsclr_launch(argv=None):
     if args.cpu and (args.num_processes or 1) > 1:
         os.environ['ACCELERATE_USE_CPU'] = 'true'
         args.cpu,args.multi_gpu = False,True
-    try: launch_command(args)
+    try:
+        with on_signal(_pass_on): launch_command(args)
     except ChildFailedError as e: sys.exit(f'marsclr_launch: {cause(e)}')
     except subprocess.CalledProcessError as e: sys.exit(e.returncode if e.returncode > 0 else f'marsclr_launch: the process was ended by signal {-e.returncode}')
     except ValueError as e: sys.exit(f'marsclr_launch: {e}')
+    except KeyboardInterrupt: sys.exit('marsclr_launch: interrupted')
     except SignalException as e:
         print(f'marsclr_launch: stopped by {e.sigval.name}', file=sys.stderr)
         sys.exit(128+e.sigval)

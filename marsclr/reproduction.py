@@ -15,7 +15,7 @@ from matplotlib import pyplot as plt
 from .cluster_quality import pair_quality
 from .cluster_study import cluster_table, k_rule, source_features, trade_figure
 from .clustering import feature_clusters, label_clusters, load_clusters
-from .core import MarsclrError, append_rows, command, whole
+from .core import MarsclrError, append_rows, command, data_root, whole
 from .datasets import hirise, imagenet, is_copy, msl, rovers
 from .encoders import create_encoder, encode, load_encoder
 from .diagnosis import judge, references
@@ -264,6 +264,11 @@ def _left(asked, to, known):
     def left(name, cells): return cells[:0] if name == 'fig8' and _table(name, to, known).exists() else missing(cells, read_cells(_table(name, to, known)))
     return pd.concat([left(*o) for o in asked.groupby('group', sort=False)])
 
+def _check_inputs(mixed, fractions):
+    "What is wanted late must be there early"
+    if mixed: imagenet()
+    if fractions and not (path := data_root()/'msl-label-fractions').is_dir(): raise MarsclrError(f'{path} is missing: put the published label fractions there')
+
 def _cells(data, to, settings, only='', known='', dry_run=False, **kwargs):
     if known and not Path(known).is_dir(): raise MarsclrError(f'--known {known} is not a folder: give one with tables of cells, as nbs/results/laptop-msl')
     names = [o for o in settings['groups'] if o != 'fig8']
@@ -272,9 +277,11 @@ def _cells(data, to, settings, only='', known='', dry_run=False, **kwargs):
     for o in names: unpaid = missing(unpaid, read_cells(_table(o, to, known)))
     bill = price(unpaid, settings, to)
     if dry_run: return f'{bill.to_string(index=False)}\ncells missing: {len(unpaid)}, about {bill.minutes.sum()/60:.1f} hours'
+    mixed = asked.method.map(lambda o: recipe_of(o).get('pool') not in (None, 'with train')).any()
+    if data == 'msl': _check_inputs(mixed, (left.labels < 100).any())
     open_folder(to, data, settings, **kwargs)
     packs = make_packs(data, to, settings['size'], **kwargs)
-    if asked.method.map(lambda o: recipe_of(o).get('pool') not in (None, 'with train')).any():
+    if mixed:
         packs['natural'] = _pack(imagenet, to/'natural.pack', settings['size']) if data == 'msl' else leaves_pack(to/'natural.pack', settings['natural'], 1, settings['size'])
     for path in (Path(known)/f'{o}.csv' for o in {*names, *asked.group} if known):
         if path.exists() and not (to/path.name).exists():

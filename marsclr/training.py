@@ -21,7 +21,7 @@ from . import __version__
 from .augmentations import Views
 from .clustering import capture_clusters, kmeans, load_clusters, pool_groups
 from .core import MarsclrError
-from .encoders import ContrastiveModel, create_encoder, encode, fast_bf16, pick_device, projection_head, save_encoder
+from .encoders import ContrastiveModel, check_size, create_encoder, encode, fast_bf16, pick_device, projection_head, save_encoder
 from .losses import losses
 from .packing import Pack, concat_packs, load_pack
 from .processes import decided, joined, rank
@@ -239,9 +239,11 @@ def learner_from(
     c = config
     torch.manual_seed(c['seed'])
     encoder = create_encoder(c['backbone'])
+    check_size(encoder, c['image_size'], '--image_size')
     model = ContrastiveModel(encoder, projection_head(encoder.num_features, c['projection_layers'], c['projection_dim']))
     loss = losses[c['loss']](temperature=c['temperature'])
     if not loss.needs_clusters and groups: raise MarsclrError(f"--clusters are given, but the loss {c['loss']} does not use them")
+    if groups and groups.k < 2: raise MarsclrError('--clusters hold all images in one cluster, so no view has a negative: make more clusters')
     views = Views(c['image_size'], (c['crop_min'], c['crop_max']), c['colour_strength'])
     opt_func = partial(adam, weight_decay=c['weight_decay'], decoupled=c['optimizer'] == 'adamw')
     cbs = [RunFolder(run, save_every), *([OnlineKnn(labeled)] if labeled else []), *([RefreshClusters(pack, groups.k, c['refresh'], c['seed'])] if c['refresh'] else [])]

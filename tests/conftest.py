@@ -3,6 +3,7 @@ import os
 import sys
 
 os.environ.setdefault('MPLBACKEND', 'agg')
+os.environ['no_proxy'] = os.environ['NO_PROXY'] = '127.0.0.1,nowhere.invalid'  # the stand-in is no matter of a proxy
 if os.environ.get('MARSCLR_DATA'): os.environ['MARSCLR_DATA'] = os.path.abspath(os.environ['MARSCLR_DATA'])
 
 import pytest

@@ -24,13 +24,13 @@ def work(line, folder, out, env):
 class Script:
     "A console script on its way, as far as the tests need it"
     def __init__(self, line, out, folder='.', env={}):
-        self.out, self.process = out, forks.Process(target=work, args=(line, folder, out, env))
+        self.out, self.process = out, forks.Process(target=work, args=(line, folder, out, env), daemon=True)
         out.mkdir(exist_ok=True)
         self.process.start()
 
     def poll(self): return self.process.exitcode
     def kill(self): self.process.kill()
-    def terminate(self): self.process.terminate()
+    def send_signal(self, number): os.kill(self.process.pid, number)
 
     def communicate(self, timeout=120):
         "Exit status, standard output and standard error"

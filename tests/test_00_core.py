@@ -15,7 +15,7 @@ from marsclr.core import _stop
 
 
 def test_one_line_when_the_input_is_wrong():
-    with expect_fail(Stopped, 'stopped by SIGTERM'), on_sigterm(_stop): os.kill(os.getpid(), signal.SIGTERM)
+    with expect_fail(Stopped, 'stopped by SIGTERM'), on_signal(_stop): os.kill(os.getpid(), signal.SIGTERM)
 
     @command
     def divide(
@@ -27,6 +27,7 @@ def test_one_line_when_the_input_is_wrong():
         print(numerator/denominator)
 
     divide(['3', '--denominator', '2'])
+    with patch('builtins.print', side_effect=torch.cuda.OutOfMemoryError('2 GiB')), expect_fail(SystemExit, 'the memory of the GPU is not enough'): divide(['3'])
     with expect_fail(SystemExit, 'divide: --denominator is 0: give a number other than 0'): divide(['3', '--denominator', '0'])
     with patch.dict(os.environ, WORLD_SIZE='2'), expect_fail(SystemExit, 'divide: works in one process'): divide(['3'])
 

@@ -30,6 +30,7 @@ def test_rock_is_noise():
     contact_sheet(yard[of_each(yard_table.label, 8)], 8)
 
     fields = [noise_field(np.random.default_rng(0), 96, *o) for o in ((0,), (1,), (2,), (3,), (2, 3.), (2, 3., .7))]
+    assert all(abs(o.mean()) < 1e-6 for o in fields)
     roughness = [np.abs(np.diff(o)).mean() for o in fields[:4]]
     assert roughness == sorted(roughness, reverse=True)
     assert np.abs(np.diff(fields[4], axis=0)).mean() > 1.5*np.abs(np.diff(fields[4], axis=1)).mean()

@@ -3,14 +3,15 @@
 import os, subprocess, sys, time
 from contextlib import contextmanager
 from datetime import timedelta
-import torch, torch.distributed as dist
+from pathlib import Path
+import psutil, torch, torch.distributed as dist
 from accelerate import PartialState
+from accelerate.commands.config.config_args import default_config_file
 from accelerate.commands.launch import launch_command, launch_command_parser
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from marsclr.core import MarsclrError
+from marsclr.core import MarsclrError, on_signal
 import shutil, tempfile
-from pathlib import Path
 from textwrap import indent
 from fastcore.test import *
 from marsclr.processes import *

@@ -42,8 +42,8 @@ def test_a_walk_through_pages():
     def listed(rover='perseverance', each=25, **feed):
         with rover_stand_in(rover, [10, 11], each, feed=dict(cap=10) | feed) as server:
             os.environ['MARSCLR_MIRROR'] = server.url
-            images,total = list_sol(Fetcher(**quick), feeds[rover], 10, feeds[rover].cameras, full=False)
-        test_eq({o['imageid'] for o in images}, {o['imageid'] for o in server.records if o['sol'] == 10})
+            images,total = list_sol(Fetcher(**quick), feeds[rover], 11, feeds[rover].cameras, full=False)
+        test_eq({o['imageid'] for o in images}, {o['imageid'] for o in server.records if o['sol'] == 11})
         return f'{len(images)} found, {total} stated, {len(server.log)} pages asked for'
 
     dict(plain=listed(), curiosity=listed('curiosity'), shifting=listed(late=3, each=20), more_stated=listed(total_off=7), fewer_stated=listed(total_off=-7), none=listed(each=19, total_off=-20))
@@ -77,6 +77,7 @@ def test_the_whole_archive():
     def drawn(sols, **kwargs): return [o['id'] for o in chosen(little, sols, 3, **kwargs)[0]]
     test_eq(drawn([8, 7]), drawn([7, 8]))
     assert set(drawn([7, 8], seed=7)) != set(drawn([7, 8]))
+    with expect_fail(MarsclrError, '7 images cannot be drawn from the 6'): chosen(little, [7, 8], 7)
     drawn([7, 8])
 
     rows,_,_ = chosen(little, [7, 8])
@@ -102,7 +103,7 @@ def test_the_whole_archive():
     with expect_fail(MarsclrError, 'was begun with rover perseverance, not curiosity: give another folder'): check_begun(little, dict(rover='curiosity', seed=42))
     stack.close()
 
-    server = rover_stand_in('perseverance', range(10, 14), each=20, size=64, feed=dict(cap=10, late=3, total_off=2), share=.1)
+    server = rover_stand_in('perseverance', range(10, 14), each=20, size=64, feed=dict(cap=10, late=12, total_off=2), share=.1)
     with server:
         os.environ['MARSCLR_MIRROR'] = server.url
         table,bad,short = fetch_rover('perseverance', tmp/'perseverance', (10, 99), fetcher=Fetcher(**quick))
@@ -123,6 +124,10 @@ def test_the_whole_archive():
         ax.set_axis_off()
 
     with expect_fail(MarsclrError, 'was begun with seed 42, not 7'): fetch_rover('perseverance', tmp/'perseverance', (10, 99), seed=7)
+    with rover_stand_in('perseverance', [7, 8], each=1) as server:
+        os.environ['MARSCLR_MIRROR'] = server.url
+        with expect_fail(MarsclrError, 'sol 9 is still to come: the newest of perseverance is 8'): fetch_rover('perseverance', tmp/'late', (9, 12), fetcher=Fetcher(**quick))
+    test_eq((tmp/'late').exists(), False)
 
     del os.environ['MARSCLR_MIRROR']
     shutil.rmtree(tmp)

@@ -3,18 +3,20 @@
 from functools import partial
 from pathlib import Path
 import numpy as np, pandas as pd, torch
+from fastcore.script import store_true
+from fastprogress import progress_bar
 from matplotlib import pyplot as plt
 from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score, silhouette_score
 from sklearn.metrics.cluster import contingency_matrix
-from marsclr.clustering import Clusters, capture_clusters, feature_clusters, kmeans, label_clusters, pixel_features
+from marsclr.clustering import Clusters, capture_clusters, feature_clusters, kmeans, label_clusters, pixel_features, pool_groups
 from marsclr.core import MarsclrError, command, whole
 from marsclr.encoders import create_encoder, encode, load_encoder, pick_device
-from marsclr.packing import Pack, beside, load_pack
+from marsclr.packing import Pack, beside, concat_packs, load_pack
 from marsclr.processes import decided, joined, rank
 from marsclr.texture import texture_clusters
 import shutil, tempfile
 from fastcore.test import *
-from marsclr.clustering import load_clusters, pool_groups, whiten
+from marsclr.clustering import load_clusters, whiten
 from marsclr.datasets import msl
 from marsclr.marsyard import write_marsyard
 from marsclr.packing import pack_archive

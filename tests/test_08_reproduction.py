@@ -7,7 +7,7 @@ from matplotlib import pyplot as plt
 from marsclr.cluster_quality import pair_quality
 from marsclr.cluster_study import cluster_table, k_rule, source_features, trade_figure
 from marsclr.clustering import feature_clusters, label_clusters, load_clusters
-from marsclr.core import MarsclrError, append_rows, command, whole
+from marsclr.core import MarsclrError, append_rows, command, data_root, whole
 from marsclr.datasets import hirise, imagenet, is_copy, msl, rovers
 from marsclr.encoders import create_encoder, encode, load_encoder
 from marsclr.diagnosis import judge, references
@@ -23,7 +23,7 @@ from marsclr.texture import texture_clusters
 from marsclr.training import pretrain
 import os, tempfile
 from marsclr.cluster_study import with_spread
-from marsclr.diagnosis import fit_line, left_out
+from marsclr.diagnosis import fit_line, left_out, misses
 from marsclr.paper import ablation_figure, changes, fig5_figure, labels_figure, method_figure, paper_says, summary
 from scipy.stats import t as student
 from fastcore.test import *

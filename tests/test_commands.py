@@ -3,6 +3,7 @@ import inspect
 import json
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -49,6 +50,7 @@ def spoil(base):
     for name, line in (('stray', 'nobody.jpg 1'), ('outside', 'nobody.jpg 99')):
         shutil.copytree(base/'yard', base/name)
         with open(base/name/'train-set-v2.1.txt', 'a') as f: f.write(line + '\n')
+    (Path(shutil.copytree(base/'yard', base/'binary'))/'class_map.csv').write_bytes(b'\xff\xfe')
     (copy_pack(base, 'imageless.pack')/'images.npy').unlink()
     for name, size in (('short.pack', 5000), ('hollow.pack', 0)): os.truncate(copy_pack(base, name)/'images.npy', size)
     np.save(copy_pack(base, 'crafted.pack')/'images.npy', np.array([Crafted()], dtype=object), allow_pickle=True)
@@ -72,7 +74,9 @@ GOOD = ['marsclr_pack msl yard.pack --root yard --size 32', 'marsclr_pack msl ot
         'marsclr_pretrain yard.pack run SMALL', 'marsclr_cluster yard.pack --to found.npz --run run --clusters 5',
         'marsclr_cluster yard.pack --source texture --backbone resnet10t --epochs 1 --clusters 5 --device cpu',
         'marsclr_pretrain yard.pack run2 SMALL --loss cluster_aware --clusters found.npz', 'marsclr_probe run2 yard.pack',
-        'marsclr_falseneg rates yard.pack --batch 16 --clusters found.npz', 'marsclr_falseneg diagnose yard.pack --batch 16 --alike 5']
+        'marsclr_falseneg rates yard.pack --batch 16 --clusters found.npz', 'marsclr_falseneg diagnose yard.pack --batch 16 --alike 5',
+        'marsclr_cluster yard.pack,other.pack --source pixels --bursts --clusters 5 --to both.npz', 'marsclr_pretrain yard.pack,other.pack run3 SMALL --loss cluster_aware --clusters both.npz',
+        'marsclr_cluster yard.pack --source pixels --clusters 1 --to one.npz', 'marsclr_pack msl same.pack --root same --size 32']
 
 
 @pytest.fixture(scope='module')
@@ -80,6 +84,7 @@ def base(tmp_path_factory):
     "A folder with two archives, and with what a user makes of them from command to command"
     base = tmp_path_factory.mktemp('base')
     for seed, name in enumerate(('yard', 'other')): write_marsyard(base/name, n=64, size=32, n_classes=3, seed=seed)
+    for o in shutil.copytree(base/'yard', base/'same').glob('*-set-*.txt'): o.write_text(re.sub(r' \d+$', ' 0', o.read_text(), flags=re.M))
     for line in GOOD:
         status, _, err = call(base, line, tmp_path_factory.mktemp('out'))
         assert status == 0, f'{line}: {err}'

@@ -35,7 +35,7 @@ def execute(line, mirror, out):
 
 
 def start(line, server, out):
-    process = forks.Process(target=execute, args=(line, getattr(server, 'url', server), out))
+    process = forks.Process(target=execute, args=(line, getattr(server, 'url', server), out), daemon=True)
     process.start()
     return process
 

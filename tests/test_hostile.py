@@ -24,7 +24,7 @@ from marsclr.packing import decode, load_pack, marsclr_pack, pack_archive, read_
 
 
 def job(function, *args):
-    process = forks.Process(target=function, args=args)
+    process = forks.Process(target=function, args=args, daemon=True)
     process.start()
     return process
 
@@ -228,9 +228,10 @@ def as_nobody(function):
     if os.geteuid(): return function()
     into, out = os.pipe()
     if (pid := os.fork()) == 0:
-        os.setuid(65534)
-        os.write(out, function().encode())
-        os._exit(0)
+        try:
+            os.setuid(65534)
+            os.write(out, function().encode())
+        finally: os._exit(0)  # no copy of pytest goes on
     os.waitpid(pid, 0)
     return os.read(into, 1000).decode()
 
@@ -279,7 +280,9 @@ def test_killed_four_times_it_ends_as_if_it_had_not_been(tmp_path):
     kept = []
     for _ in range(4):
         process, before = job(pack_slowly, root, to, told), max(kept, default=100)  # the head of the table has less
-        while not (part/'table.csv').exists() or (part/'table.csv').stat().st_size <= before: assert process.is_alive()
+        while not (part/'table.csv').exists() or (part/'table.csv').stat().st_size <= before:
+            assert process.is_alive()
+            time.sleep(.002)
         time.sleep(rng.uniform(0, .04))
         os.kill(process.pid, signal.SIGKILL)
         process.join()
@@ -296,7 +299,9 @@ def test_killed_four_times_it_ends_as_if_it_had_not_been(tmp_path):
 def test_two_at_once_do_not_meet(tmp_path):
     root = write_marsyard(tmp_path/'yard', n=600, size=64)
     first = job(pack_slowly, root, tmp_path/'pack', tmp_path/'told')
-    while not (tmp_path/'.pack-partial'/'table.csv').exists(): assert first.is_alive()
+    while not (tmp_path/'.pack-partial'/'table.csv').exists():
+        assert first.is_alive()
+        time.sleep(.002)
     with expect_fail(MarsclrError, 'is being packed by another process'): pack_archive(msl(root), tmp_path/'pack', 48)
     first.join(60)
     assert first.exitcode == 0 and len(load_pack(tmp_path/'pack')) == 600

@@ -185,15 +185,18 @@ def test_a_damaged_checkpoint_costs_one_step(pack, alone, tmp_path):
     assert digest(run/'encoder.safetensors') == digest(alone/'encoder.safetensors')
 
 
-def test_sigterm_saves_and_the_same_command_goes_on(pack, alone, tmp_path):
+@pytest.mark.parametrize('by', [signal.SIGTERM, signal.SIGINT], ids=lambda o: o.name)
+def test_a_signal_saves_and_the_same_command_goes_on(pack, alone, tmp_path, by):
     run = tmp_path/'run'
     process = start(pack, run)
     wait_for(process, lambda: position(run))
-    process.terminate()
+    with pytest.raises(SystemExit, match=f'^marsclr_pretrain: {run} is in use by another process: wait for it, or give another run folder$'):
+        marsclr_pretrain([str(pack), str(run), *SMALL])
+    process.send_signal(by)
     status, _, err = process.communicate()
     epoch, step = position(run)
-    assert status == 143
-    assert err.splitlines()[-1] == f'marsclr_pretrain: {run} stopped by SIGTERM before epoch {epoch}, step {step}: the same command goes on from there'
+    assert status == 128 + by
+    assert err.splitlines()[-1] == f'marsclr_pretrain: {run} stopped by {by.name} before epoch {epoch}, step {step}: the same command goes on from there'
     finish(pack, run)
     assert digest(run/'encoder.safetensors') == digest(alone/'encoder.safetensors')
 
