@@ -167,6 +167,7 @@ def check_size(
     "Some backbones take images of one size alone: refuse others before anything is done"
     training,like = encoder.training,next(encoder.parameters(), torch.empty(0))
     try: encoder.eval()(torch.zeros(1, 3, size, size, device=like.device, dtype=like.dtype))
+    except torch.cuda.OutOfMemoryError: raise
     except (AssertionError, RuntimeError) as e: raise MarsclrError(f'the backbone cannot take images of {size} px ({one_line(e)}): give another {option}, or another backbone') from e
     finally: encoder.train(training)
 

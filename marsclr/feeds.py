@@ -292,7 +292,11 @@ def fetch_rover(
         write_json(to/'fetch.json', asked)
         lost = list_sols(fetcher, feed, to, these, cameras, size, full, connections, progress)
         if lost and images: raise MarsclrError(f'{len(lost)} sols cannot be listed, so nothing can be drawn yet; the same command tries again. The first: {min(lost)} {lost[min(lost)]}')
-        rows,odd,short = chosen(to, [o for o in these if o not in lost], images, seed)
+        try: rows,odd,short = chosen(to, [o for o in these if o not in lost], images, seed)
+        except MarsclrError:
+            (to/'fetch.json').unlink()
+            shutil.rmtree(to/'.fetch')
+            raise
         if progress: print(f'{len(rows)} images; at {fetcher.rate:g} a second that is {timedelta(seconds=round(len(rows)/fetcher.rate))}')
         bad = {f'sol {k}': v for k,v in lost.items()} | fetch_rows(fetcher, rows, to, connections, progress)
         table = write_table(rows, bad | odd, to, progress)

@@ -7,7 +7,7 @@ __all__ = ['world', 'rank', 'joined', 'cause', 'marsclr_launch', 'gather', 'mean
            'any_of_all', 'agree']
 
 # %% ../nbs/00d_processes.ipynb #e5bfa0af
-import os, subprocess, sys, time
+import os, signal, subprocess, sys, time
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -56,19 +56,23 @@ def cause(
     return f'process {i} failed first: {" ".join(said.split())}'
 
 def _defaults(argv):
-    "What `accelerate config` would have asked; port 0 is any that is free"
-    if any(o.startswith('--config_file') for o in argv) or Path(default_config_file).is_file(): return {}
-    return dict(num_machines=1, mixed_precision='no', dynamo_backend='no', **({} if '--num_machines' in argv else dict(main_process_port=0)))
+    "Precision is a run's own setting; the rest is what `accelerate config` would have asked, and port 0 is any that is free"
+    given = {o.split('=')[0].replace('-', '_') for o in argv if o.startswith('--')}
+    asked = '__config_file' in given or Path(default_config_file).is_file()
+    defaults = dict(mixed_precision='no', dynamo_backend='no') | ({} if asked else dict(num_machines=1)) | ({} if asked or '__num_machines' in given else dict(main_process_port=0))
+    return {k: v for k,v in defaults.items() if f'__{k}' not in given}
 
 def _pass_on(number, _):
-    "Of a single process the launcher is the parent; of several, torch's own agent hears the signal"
-    for o in psutil.Process().children(): o.send_signal(number)
+    "Of a single process the launcher is the parent (the terminal tells both of Ctrl-C); of several, torch's own agent hears the signal"
+    children = psutil.Process().children()
+    if not children: raise SignalException('stopped', signal.Signals(number))
+    if number != signal.SIGINT:
+        for o in children: o.send_signal(number)
 
 def marsclr_launch(argv=None):
     "`accelerate launch` (the same options), which starts several processes on a CPU too, and whose last line says why it ended"
     argv = list(sys.argv[1:] if argv is None else argv)
-    for k,v in _defaults(argv).items():
-        if f'--{k}' not in argv: argv = [f'--{k}', str(v), *argv]
+    argv = [o for k,v in _defaults(argv).items() for o in (f'--{k}', str(v))] + argv
     parser = launch_command_parser()
     parser.prog = 'marsclr_launch'
     args = parser.parse_args(argv)
@@ -76,11 +80,10 @@ def marsclr_launch(argv=None):
         os.environ['ACCELERATE_USE_CPU'] = 'true'
         args.cpu,args.multi_gpu = False,True
     try:
-        with on_signal(_pass_on): launch_command(args)
+        with on_signal(_pass_on), on_signal(_pass_on, signal.SIGINT): launch_command(args)
     except ChildFailedError as e: sys.exit(f'marsclr_launch: {cause(e)}')
     except subprocess.CalledProcessError as e: sys.exit(e.returncode if e.returncode > 0 else f'marsclr_launch: the process was ended by signal {-e.returncode}')
     except ValueError as e: sys.exit(f'marsclr_launch: {e}')
-    except KeyboardInterrupt: sys.exit('marsclr_launch: interrupted')
     except SignalException as e:
         print(f'marsclr_launch: stopped by {e.sigval.name}', file=sys.stderr)
         sys.exit(128+e.sigval)

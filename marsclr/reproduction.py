@@ -278,7 +278,7 @@ def _cells(data, to, settings, only='', known='', dry_run=False, **kwargs):
     bill = price(unpaid, settings, to)
     if dry_run: return f'{bill.to_string(index=False)}\ncells missing: {len(unpaid)}, about {bill.minutes.sum()/60:.1f} hours'
     mixed = asked.method.map(lambda o: recipe_of(o).get('pool') not in (None, 'with train')).any()
-    if data == 'msl': _check_inputs(mixed, (left.labels < 100).any())
+    if data == 'msl': _check_inputs(mixed and not (to/'natural.pack').exists(), ((unpaid.labels < 100) & unpaid['pack'].str.startswith('MSL')).any())
     open_folder(to, data, settings, **kwargs)
     packs = make_packs(data, to, settings['size'], **kwargs)
     if mixed:

@@ -240,6 +240,7 @@ def learner_from(
     torch.manual_seed(c['seed'])
     encoder = create_encoder(c['backbone'])
     check_size(encoder, c['image_size'], '--image_size')
+    for o in ([labeled] if labeled else []) + ([pack] if c['refresh'] else []): check_size(encoder, o.size, f'size to the images of {o.name}')
     model = ContrastiveModel(encoder, projection_head(encoder.num_features, c['projection_layers'], c['projection_dim']))
     loss = losses[c['loss']](temperature=c['temperature'])
     if not loss.needs_clusters and groups: raise MarsclrError(f"--clusters are given, but the loss {c['loss']} does not use them")

@@ -127,6 +127,7 @@ def test_the_whole_archive():
     with rover_stand_in('perseverance', [7, 8], each=1) as server:
         os.environ['MARSCLR_MIRROR'] = server.url
         with expect_fail(MarsclrError, 'sol 9 is still to come: the newest of perseverance is 8'): fetch_rover('perseverance', tmp/'late', (9, 12), fetcher=Fetcher(**quick))
+        with expect_fail(MarsclrError, '9 images cannot be drawn from the 2'): fetch_rover('perseverance', tmp/'late', (7, 8), images=9, fetcher=Fetcher(**quick))
     test_eq((tmp/'late').exists(), False)
 
     del os.environ['MARSCLR_MIRROR']

@@ -190,8 +190,10 @@ def test_a_signal_saves_and_the_same_command_goes_on(pack, alone, tmp_path, by):
     run = tmp_path/'run'
     process = start(pack, run)
     wait_for(process, lambda: position(run))
+    process.send_signal(signal.SIGSTOP)
     with pytest.raises(SystemExit, match=f'^marsclr_pretrain: {run} is in use by another process: wait for it, or give another run folder$'):
         marsclr_pretrain([str(pack), str(run), *SMALL])
+    process.send_signal(signal.SIGCONT)
     process.send_signal(by)
     status, _, err = process.communicate()
     epoch, step = position(run)
@@ -232,6 +234,17 @@ def test_sigterm_to_two_processes_stops_both_at_one_step(pack, tmp_path):
     stopped = [o for o in err.splitlines() if 'the same command goes on from there' in o]
     assert len(stopped) == 2 and len(set(stopped)) == 1
     assert 'epoch {}, step {}:'.format(*position(run)) in stopped[0]
+
+
+def test_sigterm_to_a_launcher_of_one_process_reaches_it(pack, alone, tmp_path):
+    run, launch = tmp_path/'run', [o if o != '2' else '1' for o in LAUNCH]
+    process = subprocess.Popen([*launch, pack, run, *SMALL], env=os.environ | {'OMP_NUM_THREADS': '1'}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_for(process, lambda: position(run))
+    process.terminate()
+    err = process.communicate(timeout=60)[1]
+    assert process.returncode == 143 and 'stopped by SIGTERM before epoch {}, step {}:'.format(*position(run)) in err, err
+    finish(pack, run)
+    assert digest(run/'encoder.safetensors') == digest(alone/'encoder.safetensors')
 
 
 def test_a_learning_rate_that_explodes_stops_with_the_step(pack, tmp_path):
