@@ -46,7 +46,8 @@ recipes = {
     'Curiosity only': dict(pool='curiosity'),
     'natural only': dict(pool='natural'),
     'half and half': dict(pool='half'),
-    'recommended': dict(loss='dcl', pool='with train', layer='all', pretrain=dict(epochs=36))}
+    'recommended': dict(loss='dcl', layer='all', pretrain=dict(epochs=36)),
+    'recommended + train images': dict(loss='dcl', pool='with train', layer='all', pretrain=dict(epochs=36))}
 
 # %% ../nbs/07c_methods.ipynb #35f14a87
 changeable = {k: p.annotation for k,p in signature(pretrain).parameters.items() if k not in ('pack', 'run', 'loss', 'clusters', 'backbone', 'seed', 'save_every', 'knn', 'device')}
