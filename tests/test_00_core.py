@@ -15,6 +15,8 @@ from marsclr.core import _stop
 
 
 def test_one_line_when_the_input_is_wrong():
+    test_eq(one_line(ValueError('two\n  lines')), 'ValueError: two lines')
+
     with expect_fail(Stopped, 'stopped by SIGTERM'), on_signal(_stop): os.kill(os.getpid(), signal.SIGTERM)
 
     @command
@@ -52,8 +54,6 @@ def test_whole_files_or_none():
         test_eq([log.read_text(), (Path(d)/'old.csv').read_text()], ['epoch 1, epoch 2', 'epoch 1'])
         with expect_fail(OSError), whole(Path(d)/'deep/er/log.csv') as p: raise OSError('disk full')
         test_eq(sorted(o.name for o in Path(d).iterdir()), ['log.csv', 'old.csv'])
-
-    test_eq(one_line(ValueError('two\n  lines')), 'ValueError: two lines')
 
     with tempfile.TemporaryDirectory() as d:
         write_json(Path(d)/'a.json', {'seed': 1})
