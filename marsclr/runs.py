@@ -80,7 +80,7 @@ class SmoothLoss(AvgSmoothLoss):
         loss = learn.loss.detach().mean().as_subclass(torch.Tensor)
         self.count,self.val = self.count+1, torch.lerp(loss, self.val.to(loss.device), self.beta)
 
-# %% ../nbs/01b_runs.ipynb #4b055a7e
+# %% ../nbs/01b_runs.ipynb #f39272c8
 @contextmanager
 def alone(
     folder:Path, # to work in; made if it is not there
@@ -94,6 +94,7 @@ def alone(
         yield
     finally: os.close(at)
 
+# %% ../nbs/01b_runs.ipynb #4b055a7e
 class RunLearner(Learner):
     "A `Learner` that tells its loader the epoch, and whose `fit` can start at a later one"
     first_epoch,asked_to_stop = 0,0

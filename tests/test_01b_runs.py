@@ -86,6 +86,9 @@ def test_a_loader_with_a_place():
     test_eq(smoothed(SmoothLoss(), nowhere).device.type, 'meta')
     with expect_fail(NotImplementedError): smoothed(AvgSmoothLoss(), nowhere)
 
+    with alone(tmp/'locked'), expect_fail(MarsclrError, 'in use by another process'), alone(tmp/'locked'): pass
+    with alone(tmp/'locked'): pass
+
 
 def test_half_the_precision():
     global sgd
