@@ -50,7 +50,7 @@ recipes = {
     'recommended + train images': dict(loss='dcl', pool='with train', layer='all', pretrain=dict(epochs=36))}
 
 # %% ../nbs/07c_methods.ipynb #35f14a87
-changeable = {k: p.annotation for k,p in signature(pretrain).parameters.items() if k not in ('pack', 'run', 'loss', 'clusters', 'backbone', 'seed', 'save_every', 'knn', 'device')}
+changeable = {k: p.annotation for k,p in signature(pretrain).parameters.items() if k not in ('pack', 'run', 'loss', 'clusters', 'seed', 'save_every', 'knn', 'device')}
 changeable |= dict(K=int, layer=str)
 
 def _setting(key, value):

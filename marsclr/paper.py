@@ -99,9 +99,9 @@ def row(self:Lab,
     (x,run),ready = self.features(cell.method, cell.seed, pack),time.perf_counter()
     table = draw_labels(pack.table, cell.labels, cell.draw, data_root()/'msl-label-fractions' if cell.pack.startswith('MSL') else None)
     r = probe(x, table, pack.classes, seed=cell.seed)
+    encoder = create_encoder(read_json(run/'config.json')['backbone'] if run else self.settings['pretrain']['backbone'])
     majority = pd.Series(r.truth).value_counts(normalize=True).iloc[0]
-    weights = sum(o.numel() for o in create_encoder(self.settings['pretrain']['backbone']).parameters())
-    return dict({k: cell[k] for k in key}, **r.summary(), majority=majority, parameters=weights, learned_from=int((table.split == 'train').sum()),
+    return dict({k: cell[k] for k in key}, **r.summary(), majority=majority, parameters=sum(o.numel() for o in encoder.parameters()), learned_from=int((table.split == 'train').sum()),
                 **run_facts(run), config=cell.config, probed_by=commit(),
                 features_s=round(ready-began), probe_s=round(time.perf_counter()-ready))
 
