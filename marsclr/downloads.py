@@ -6,20 +6,19 @@
 __all__ = ['Fault', 'Offline', 'Fetcher', 'get_json', 'Part', 'digest', 'check_digest', 'check_image', 'get_file', 'filling']
 
 # %% ../nbs/00b_downloads.ipynb #7f11f9fa
-import errno, hashlib, json, os, random, threading, time
+import hashlib, json, os, random, threading, time
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import requests
 from fastcore.basics import patch
-from filelock import FileLock, Timeout
 from PIL import Image
 from requests.adapters import HTTPAdapter
 from urllib3.exceptions import HTTPError, NewConnectionError
 from urllib3.util import Retry
 from . import __version__
-from .core import MarsclrError, Stopped, one_line
+from .core import MarsclrError, alone, cut_off, one_line
 
 # %% ../nbs/00b_downloads.ipynb #c79414d5
 class Fault(Exception):
@@ -282,25 +281,16 @@ def _told(chunks, part, tell):
 def filling(
     folder, # what is being filled
     name='.lock', # of the file that says so
-    kept=True,    # of what has come, where that is interrupted
+    kept=True,    # of what has come, where that is cut off
 ):
-    "Work on a folder alone; where that is interrupted, say how to go on"
+    "Work on a folder alone; where that is cut off, say how to go on"
     folder = Path(folder)
     new = [o for o in (folder, *folder.parents) if not o.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
-    lock,again = FileLock(folder/name),'the same command goes on from there' if kept else 'the same command begins anew'
-    left = f'what has come is in {folder}' if kept else 'nothing is kept'
-    try:
-        with lock.acquire(timeout=0):
-            try: yield
-            finally:
-                if os.listdir(folder) == [name]: _take_away(folder/name, new)
-    except Timeout as e: raise MarsclrError(f'{folder} is being filled by another process: wait for it, or give another folder') from e
-    except KeyboardInterrupt as e: raise MarsclrError(f'interrupted: {left}, {again}') from e
-    except Stopped as e: raise Stopped(f'stopped: {left}, {again}', e.by) from e
-    except OSError as e:
-        if isinstance(e, requests.RequestException) or e.errno not in (errno.ENOSPC, errno.EDQUOT): raise
-        raise MarsclrError(f'no room is left on the disk of {folder}: make some, {again}') from e
+    left = dict(left=f'what has come is in {folder}') if kept else dict(left='nothing is kept', again='the same command begins anew')
+    with alone(folder/name, f'{folder} is being filled by another process: wait for it, or give another folder'), cut_off(folder, **left):
+        try: yield
+        finally:
+            if os.listdir(folder) == [name]: _take_away(folder/name, new)
 
 def _take_away(lock, new):
     "Leave no empty folders behind"

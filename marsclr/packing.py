@@ -7,7 +7,7 @@ __all__ = ['formats', 'layouts', 'decode', 'read_image', 'fingerprint', 'Pack', 
            'pack_archive', 'marsclr_pack']
 
 # %% ../nbs/00b_packing.ipynb #dc271d6d
-import csv, ctypes, errno, fcntl, hashlib, io, json, os, re, shutil, stat, time, warnings
+import csv, ctypes, hashlib, io, json, os, re, shutil, stat, time, warnings
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, nullcontext, suppress
@@ -18,7 +18,7 @@ import numpy as np, pandas as pd, torch
 from fastcore.basics import patch
 from fastprogress import progress_bar
 from PIL import Image, ImageOps
-from .core import MarsclrError, Stopped, _to_disk, command, one_line, read_json
+from .core import MarsclrError, _to_disk, alone, command, cut_off, one_line, read_json
 from .datasets import Archive, hirise, image_folder, imagenet, join_classes, msl, rovers
 
 # %% ../nbs/00b_packing.ipynb #46009fc1
@@ -296,10 +296,7 @@ def add(self:_Growing, parts):
 def _unfinished(to):
     "A hidden folder that becomes `to` when the block ends well; bad input removes it, anything else leaves it for the next run"
     tmp,new = to.parent/f'.{to.name}-partial',[p for p in to.parents if not p.exists()]
-    tmp.mkdir(parents=True, exist_ok=True)
-    with open(tmp/'images.npy', 'ab') as lock:
-        try: fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as e: raise MarsclrError(f'{to} is being packed by another process: wait for it, or give another folder') from e
+    with alone(tmp/'images.npy', f'{to} is being packed by another process: wait for it, or give another folder'), cut_off(tmp, f'what has been decoded is in {tmp}'):
         try:
             if to.exists(): raise MarsclrError(f'{to} exists: remove it or give another folder')
             yield tmp
@@ -310,11 +307,6 @@ def _unfinished(to):
             with suppress(OSError):
                 for p in new: p.rmdir()
             raise
-        except KeyboardInterrupt as e: raise MarsclrError(f'interrupted: what has been decoded is in {tmp}, the same command goes on from there') from e
-        except Stopped as e: raise Stopped(f'stopped: what has been decoded is in {tmp}, the same command goes on from there', e.by) from e
-        except OSError as e:
-            if e.errno not in (errno.ENOSPC, errno.EDQUOT): raise
-            raise MarsclrError(f'no room is left on the disk of {tmp}, which has what is decoded: make some, the same command goes on') from e
     _to_disk(to.parent)
 
 # %% ../nbs/00b_packing.ipynb #c157faa1
