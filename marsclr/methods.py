@@ -66,7 +66,7 @@ def recipe_of(
     name,given = ', '.join(o for o in parts if '=' not in o),{k: _setting(k, v) for k,v in (o.split('=', 1) for o in parts if '=' in o)}
     if name not in recipes: raise MarsclrError(f'method {name!r} is not known: choose from {"; ".join(recipes)}')
     r = dict(recipes[name], **{o.lower(): given.pop(o) for o in ('K', 'layer') if o in given})
-    if 'k' in r and 'clusters' not in r: raise MarsclrError(f'method {method!r} has no clusters: leave K out')
+    if 'k' in r and r.get('clusters') in (None, 'capture', 'true classes'): raise MarsclrError(f'method {method!r} has no clusters whose number could be chosen: leave K out')
     if given and name in ('random weights', 'supervised from scratch'): raise MarsclrError(f'method {method!r} is not pretrained: leave {" and ".join(given)} out')
     return dict(r, pretrain=r.get('pretrain', {}) | given) if given else r
 
@@ -133,7 +133,7 @@ def clusters(self:Lab,
         texture = self.to/f'texture-seed{seed}'
         if source.startswith('texture'): texture_clusters(pool, texture, seed=seed, save_every=5, **self.settings['texture'])
         eq1 = self.train('eq. 1', seed) if source.startswith('eq. 1') else None
-        x = source_features(pool, seed, eq1, texture)[source]()
+        x = source_features(pool, seed, eq1, texture, self.settings.get('texture', {}).get('embed_size'))[source]()
         found = Clusters(*kmeans(x.numpy(), k, seed), f'{source}, K={k}', pool.fingerprint)
     found.save(path)
     return path

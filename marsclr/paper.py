@@ -25,7 +25,7 @@ from .methods import Lab, commit, encoder_of, recipe_of, run_name
 _three,_two = [42, 43, 44],[42, 43]
 
 groups = dict(
-    fig3={'mixed-domain': _three, 'eq. 2, true classes': _two, 'eq. 2, capture': _two, 'elimination, pixels + capture': _two, 'attraction, pixels + capture': _two,
+    fig3={'mixed-domain': _three, 'eq. 2, true classes': _two, 'eq. 2, capture': _two, 'eq. 2, texture': _two, 'elimination, pixels + capture': _two, 'attraction, pixels + capture': _two,
           'random weights': _three, 'eq. 1': _three, 'DCL': _three, 'eq. 2, pixels + capture': _three, 'eq. 2, eq. 1 features': _three, 'supervised from scratch': _two},
     table2={'Curiosity only': _two, 'natural only': _two, 'half and half': _two},
     fig4={'eq. 1': [42], 'eq. 2, pixels + capture': [42], 'random weights': [42]},
@@ -34,7 +34,7 @@ groups = dict(
     ablations={o: [42] for o in ('eq. 1', *(f'eq. 1, {o}' for o in (
         'temperature=0.1', 'temperature=0.5', 'crop_max=1', 'colour_strength=0', 'colour_strength=1', 'batch_size=128', 'epochs=24', 'image_size=96', 'projection_layers=1',
         'layer=layer2', 'layer=layer3', 'layer=all')), 'eq. 2, pixels + capture', 'eq. 2, pixels + capture, refresh=2')},
-    recommended={o: [42] for o in ('recommended', 'recommended + train images', 'recommended + train images, epochs=72', 'DCL, layer=all', 'random weights, layer=all')})
+    recommended={'recommended': _two} | {o: [42] for o in ('recommended, backbone=resnet50', 'recommended + train images', 'recommended + train images, epochs=72', 'DCL, layer=all', 'random weights, layer=all')})
 
 key = ['method', 'seed', 'pack', 'labels', 'draw']
 

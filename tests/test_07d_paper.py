@@ -109,7 +109,7 @@ def test_pictures():
 
     labels_figure(read_cells(tmp/'fig4.csv'));
 
-    curve = table[table.seed == 42].assign(method=[f'eq. 2, capture, K={o}' for o in (5, 50, 500)])
+    curve = table[table.seed == 42].assign(method=[f'eq. 2, pixels + capture, K={o}' for o in (5, 50, 500)])
     fig = clusters_figure(curve, table[table.method == 'DCL'])
     test_eq(fig.axes[0].get_xticks(), [5, 50, 500])
 
