@@ -61,7 +61,8 @@ def capture_clusters(
 ) -> Clusters:
     "Images of one sol, camera and sequence"
     t = pack.table
-    key = t.rover + '/' + t.camera + '/' + t.sol.astype(str) + '/' + t.sequence
+    when = t.sol.where(t.sol >= 0, -2 - t.time//88_775).astype(str)
+    key = t.rover + '/' + t.camera + '/' + when + '/' + t.sequence
     return _from_groups(key.where(t.sequence != ''), pack, 'capture')
 
 def label_clusters(

@@ -93,9 +93,9 @@ def answer(self:Fetcher,
     "An answer that begins well"
     self.pause(self.hold(0))
     with self.session.get(url, stream=True, timeout=(5, self.patience), **kwargs) as r:
-        _check_head(r)
         try:
             self.hosts[urlsplit(url).netloc] = time.monotonic()
+            _check_head(r)
             yield r
         finally: self.hosts[urlsplit(url).netloc] = time.monotonic()
 

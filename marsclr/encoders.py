@@ -117,7 +117,7 @@ def projection_head(
     layers:int=3,   # 1 to 3
     dim:int=128,    # of the projection
 ) -> nn.Sequential: # (B, n_features) to (B, dim)
-    "SimCLRv2's projection head: linear layers with batch norm and ReLU between"
+    "SimCLRv2's projection head: linear layers, each with batch norm, and ReLU between"
     if layers not in (1, 2, 3): raise MarsclrError(f'{layers} projection layers: give 1, 2 or 3')
     hidden = [o for _ in range(layers-1) for o in (nn.Linear(n_features, n_features, bias=False), nn.BatchNorm1d(n_features), nn.ReLU(inplace=True))]
     return nn.Sequential(*hidden, nn.Linear(n_features, dim, bias=False), nn.BatchNorm1d(dim))
@@ -175,12 +175,13 @@ def _batches(encoder, pack, rows, size, bs, device, progress):
     "Features of some rows, a batch at a time"
     training,fast = encoder.training,fast_bf16(device)
     encoder.to(device, memory_format=torch.channels_last).eval()
-    check_size(encoder, size or pack.size)
-    for i in progress_bar(range(0, len(rows), bs), display=progress, leave=progress):
-        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=fast):
-            x = encoder(whole_views(pack[np.array(rows[i:i+bs])].to(device), size))
-        yield x.float().cpu()
-    encoder.train(training)
+    try:
+        check_size(encoder, size or pack.size)
+        for i in progress_bar(range(0, len(rows), bs), display=progress, leave=progress):
+            with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=fast):
+                x = encoder(whole_views(pack[np.array(rows[i:i+bs])].to(device), size))
+            yield x.float().cpu()
+    finally: encoder.train(training)
 
 def encode(
     encoder:nn.Module, # images to features

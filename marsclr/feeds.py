@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 
 import pandas as pd
 from fastprogress import progress_bar
-from .archives import describe, rank, site
+from .archives import describe, draw_rank, site
 from .core import MarsclrError, one_line, read_json, whole, write_json
 from .datasets import image_suffixes
 from .downloads import Fault, Fetcher, Part, check_image, digest, filling, get_file, get_json
@@ -205,7 +205,7 @@ def chosen(
             odd.update(o['odd'])
             if o['found'] < o['stated']: short.append(sol)
             yield from o['rows']
-    found = nsmallest(images, rows(), key=lambda o: rank(o['id'], seed)) if images else rows()
+    found = nsmallest(images, rows(), key=lambda o: draw_rank(o['id'], seed)) if images else rows()
     found = list({o['id']: o for o in found}.values())
     if len(found) < images: raise MarsclrError(f'{images} images cannot be drawn from the {len(found)} that there are')
     return found, odd, short

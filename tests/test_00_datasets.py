@@ -91,9 +91,20 @@ def test_the_rover_pool():
     test_close(same, .199, eps=1e-3)
     f'{same:.1%} of the labeled pairs share a class'
 
+    def pairs(n): return (n*(n-1)/2).sum()
+    t = pool.table[(pool.table.label >= 0) & (pool.table.sequence != '')]
+    burst = ['rover', 'camera', 'sol', 'sequence']
+    agree = pairs(t.groupby([*burst, 'label']).size())/pairs(t.groupby(burst).size())
+    test_close(agree, .945, eps=1e-3)
+    f'{agree:.1%} of the pairs within a burst share a class'
+
+
+def test_table_1_and_figure_1_from_the_files_at_hand():
+    test_eq(is_copy(make_table(['a-fh.jpg', 'a-brt.jpg', 'a_DRCL.jpg'], 'x')).tolist(), [True, True, False])
+
 
 @needs_real_images
-def test_table_1_and_figure_1_from_the_files_at_hand():
+def test_table_1_and_figure_1_from_the_files_at_hand_on_real_images():
     paper = {'Perseverance': 112535, 'Curiosity': 100000, 'MSL v2.1': '5920 / 300 / 600', 'HiRISE v3.2': '6997 / 2025 / 1793'}
     ours = {o.name: o for o in (image_folder(data_root()/'perseverance', 'Perseverance'), image_folder(data_root()/'curiosity', 'Curiosity'), *labeled)}
     def size(a): return ' / '.join(str((a.table.split == s).sum()) for s in ('train', 'val', 'test')) if a.classes else len(a)

@@ -36,6 +36,9 @@ def test_pages():
     test_eq(got, list(range(10)))
     f'{len(server.log)} requests for 10 pages, failed: {" ".join(o["fault"] for o in server.log if o["fault"])}'
 
+    with StandIn({}, {'/page': lambda query, server: dict(n=1)}, share=1, kinds=['busy']) as server, expect_fail(Fault, 'page'): get_json(Fetcher(rate=1000, wait=.01, tries=8), server.url+'/page')
+    test_eq(len(server.log), 8)
+
     began = time.monotonic()
     with expect_fail(Offline, 'no connection to 127.0.0.1:9'): get_json(Fetcher(wait=.1), 'http://127.0.0.1:9/x')
     with expect_fail(Offline, 'no connection to nowhere.invalid'): get_json(Fetcher(wait=.1), 'http://nowhere.invalid/x')

@@ -81,6 +81,13 @@ def test_a_record_of_zenodo():
     records['msl']['inside'] = published
 
     server = StandIn({f'/files/{name}': body}, {'/api/records/4033453': zenodo_record(body, name)})
+    (tmp/'left').mkdir()
+    (tmp/'left'/name).write_bytes(body[:-1])
+    with server:
+        os.environ['MARSCLR_MIRROR'] = server.url
+        with expect_fail(MarsclrError, 'remove it, and the same command fetches it'): fetch_zenodo('msl', tmp/'left'/'msl', Fetcher(rate=1000, wait=.01))
+
+    server = StandIn({f'/files/{name}': body}, {'/api/records/4033453': zenodo_record(body, name)})
     with server:
         os.environ['MARSCLR_MIRROR'] = server.url
         for _ in range(2):

@@ -10,7 +10,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 import pandas as pd
 from fastprogress import progress_bar
-from marsclr.archives import describe, rank, site
+from marsclr.archives import describe, draw_rank, site
 from marsclr.core import MarsclrError, one_line, read_json, whole, write_json
 from marsclr.datasets import image_suffixes
 from marsclr.downloads import Fault, Fetcher, Part, check_image, digest, filling, get_file, get_json

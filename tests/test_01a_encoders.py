@@ -14,6 +14,7 @@ from marsclr.core import MarsclrError, one_line, read_json, whole
 from marsclr.packing import Pack
 from marsclr.processes import gather_parts, part, rank
 import tempfile, time
+from unittest.mock import patch as replaced
 import pandas as pd
 from fastcore.test import *
 from marsclr.core import write_json
@@ -117,5 +118,6 @@ def test_features_of_whole_images():
     test_close(encode(encoder, pack.where([7]), device='cpu')[0], features[7], eps=.05)
     test_eq(encode(encoder.train(), pack, bs=4, device='cpu'), features)
     with tempfile.TemporaryDirectory() as folder: test_eq(encode_to(encoder, pack, f'{folder}/features.npy', bs=4, device='cpu'), features.numpy())
+    with replaced.object(Pack, '__getitem__', side_effect=KeyboardInterrupt), expect_fail(KeyboardInterrupt): encode(encoder, pack, device='cpu')
     assert encoder.training
     with expect_fail(MarsclrError, "device 'abacus' cannot be used here"): encode(encoder, pack, device='abacus')

@@ -19,6 +19,7 @@ from marsclr.packing import Pack
 from marsclr.processes import agree, any_of_all, decided, rank, world
 import signal, tempfile
 from types import SimpleNamespace
+from unittest.mock import patch as replaced
 import pandas as pd
 from fastai.callback.core import CancelFitException
 from fastai.data.core import DataLoaders
@@ -195,6 +196,9 @@ def test_the_same_run_or_another():
 
 
 def test_saying_where_it_is():
+    half = SimpleNamespace(iter=4, epoch=1, n_epoch=3, smooth_loss=torch.tensor(.5), dls=SimpleNamespace(train=type('Ten', (), dict(bs=8, start=3, __len__=lambda self: 10))()))
+    with replaced('time.perf_counter', lambda: 110.): test_eq(run_status(half, 100.), 'loss 0.500, 4 images/s, 00:24 to go')
+
     def resumed(cbs):
         learn = RunLearner(DataLoaders(Points(), Points()), nn.Linear(1, 1), F.mse_loss, opt_func=sgd, lr=.1, cbs=[RunFolder(tmp/'shown', save_every=1), *cbs])
         show_progress(learn).fit(3)

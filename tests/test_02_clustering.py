@@ -11,7 +11,7 @@ import shutil, tempfile
 from pathlib import Path
 import matplotlib.pyplot as plt
 from fastcore.test import *
-from marsclr.datasets import msl
+from marsclr.datasets import make_table, msl
 from marsclr.encoders import create_encoder, encode
 from marsclr.marsyard import write_marsyard
 from marsclr.packing import pack_archive
@@ -46,6 +46,10 @@ def test_from_the_file_names_who_was_there():
         ax.set_axis_off()
     axs[0].set_title('one burst', fontsize=8)
     capture
+
+    names = ['NLA_397681372EDR_F0020000AUT_04096M1.jpg', 'NLA_397681398EDR_F0020000AUT_04096M1.jpg', 'NLA_497681398EDR_F0020000AUT_04096M1.jpg']
+    navcam = Pack([np.zeros((3, 8, 8, 3), np.uint8)], make_table(names, 'curiosity').assign(sha256=''))
+    test_eq(capture_clusters(navcam).ids.tolist(), [0, 0, 1])
 
 
 def test_from_pixels_the_floor():

@@ -99,7 +99,7 @@ def test_the_whole_of_it():
     kw = dict(k=12, epochs=3, image_size=32, embed_size=32, backbone='resnet10t', device='cpu')
     found = texture_clusters(pack, tmp/'run', **kw)
     test_eq((len(found), found.k), (300, 12))
-    test_eq(sorted(o.name for o in (tmp/'run').iterdir()), ['checkpoint-before.pt', 'checkpoint.pt', 'clusters.npz', 'config.json', 'log.csv', 'texture.safetensors'])
+    test_eq(sorted(o.name for o in (tmp/'run').iterdir()), ['.lock', 'checkpoint-before.pt', 'checkpoint.pt', 'clusters.npz', 'config.json', 'log.csv', 'texture.safetensors'])
     pd.read_csv(tmp/'run/log.csv')
 
     fig,axs = plt.subplots(2, 9, figsize=(7, 1.7), dpi=70)

@@ -49,9 +49,9 @@ def test_without_labels_bursts():
 
 
 def test_one_table():
-    global sources
-    sources = {'pixels': pixel_features(pack), 'random encoder': features, 'random encoder, whitened': whiten(features), 'random encoder + capture': pool_groups(features, capture_clusters(pack).ids)}
-    rows = {'capture': capture_clusters(pack), 'labels': label_clusters(pack)} | {f'{s}, K={k}': feature_clusters(f, pack, k) for s,f in sources.items() for k in (5, 20, 100)}
+    global features_of
+    features_of = {'pixels': pixel_features(pack), 'random encoder': features, 'random encoder, whitened': whiten(features), 'random encoder + capture': pool_groups(features, capture_clusters(pack).ids)}
+    rows = {'capture': capture_clusters(pack), 'labels': label_clusters(pack)} | {f'{s}, K={k}': feature_clusters(f, pack, k) for s,f in features_of.items() for k in (5, 20, 100)}
     quality = pd.DataFrame({k: cluster_row(c, pack) for k,c in rows.items()}).T
     test_close(quality.false_negatives_after['labels'], 0)
     test_eq(quality.swallowed['capture'], 0)
@@ -64,7 +64,7 @@ def test_how_many_clusters():
     test_eq(choose_k(blobs.astype(np.float32)), 3)
     with expect_fail(MarsclrError, 'too few to choose'): choose_k(blobs[:3].astype(np.float32))
 
-    x = torch.nn.functional.normalize(sources['pixels'], dim=1).numpy()
+    x = torch.nn.functional.normalize(features_of['pixels'], dim=1).numpy()
     table = k_table(x)
     pairs = pd.DataFrame({k: pair_quality(kmeans(x, k)[0], pack.table.label.to_numpy()) for k in table.index}).T
     table['caught - swallowed'] = pairs.caught - pairs.swallowed

@@ -124,7 +124,7 @@ def test_the_whole_of_it_as_a_command():
     global settings
     settings = dict(backbone='resnet10t', image_size=32, epochs=2, batch_size=64, temperature=.2, knn=f'{tmp}/pack', device='cpu')
     run = pretrain(f'{tmp}/pack', f'{tmp}/run', **settings)
-    test_eq(sorted(o.name for o in run.iterdir()), ['checkpoint-before.pt', 'checkpoint.pt', 'config.json', 'encoder.safetensors', 'log.csv'])
+    test_eq(sorted(o.name for o in run.iterdir()), ['.lock', 'checkpoint-before.pt', 'checkpoint.pt', 'config.json', 'encoder.safetensors', 'log.csv'])
     plain = timm.create_model('resnet10t', num_classes=0, checkpoint_path=run/'encoder.safetensors').eval()
     test_eq(plain.state_dict()['conv1.0.weight'], load_encoder(run).state_dict()['conv1.0.weight'])
     pd.read_csv(run/'log.csv')

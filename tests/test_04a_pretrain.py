@@ -21,7 +21,7 @@ def test_opening():
     launch = [sys.executable, '-c', 'from marsclr.processes import marsclr_launch; marsclr_launch()', '--cpu', '--num_processes', '2', '-m', 'marsclr.pretrain', *args]
     done = subprocess.run(launch, env={**os.environ, 'OMP_NUM_THREADS': '1'}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    test_eq(sorted(o.name for o in (tmp/'run').iterdir()), ['checkpoint.pt', 'config.json', 'encoder.safetensors', 'log.csv'])
+    test_eq(sorted(o.name for o in (tmp/'run').iterdir()), ['.lock', 'checkpoint.pt', 'config.json', 'encoder.safetensors', 'log.csv'])
     pd.read_csv(tmp/'run/log.csv')
 
     wrong = subprocess.run([sys.executable, '-m', 'marsclr.pretrain', f'{tmp}/pack', f'{tmp}/other', '--backbone', 'resnet-18'], capture_output=True, text=True)
