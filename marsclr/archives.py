@@ -17,6 +17,7 @@ from torchvision.datasets.folder import find_classes
 from .core import MarsclrError, data_root, one_line, whole
 from .datasets import Archive, find_images, hirise, imagenet, msl
 from .downloads import Fault, Fetcher, Part, check_digest, check_image, digest, filling, get_file, get_json
+from .packing import formats
 
 # %% ../nbs/00c_archives.ipynb #fe38168c
 def _what_is_wrong(o, name):
@@ -167,7 +168,7 @@ def describe(
     path, # an image file
 ) -> dict: # width, height, bytes, sha256
     "What a manifest says of an image besides its name"
-    with Image.open(path) as im: width,height = im.size
+    with Image.open(path, formats=formats) as im: width,height = im.size
     return dict(width=width, height=height, bytes=Path(path).stat().st_size, sha256=digest(path))
 
 def _copy_next(folder, names, to):

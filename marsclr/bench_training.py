@@ -21,7 +21,7 @@ from .bench import bench_augment, bench_loss, compose, installed, machine, measu
 from .clustering import kmeans
 from .core import MarsclrError, command, data_root, whole
 from .datasets import msl, rovers
-from .encoders import ContrastiveModel, create_encoder, encode, encode_to, fast_bf16, projection_head
+from .encoders import ContrastiveModel, create_encoder, encode, encode_to, fast_bf16, projection_head, width
 from .losses import NTXentLoss
 from .marsyard import marsyard, write_marsyard
 from .packing import Pack, load_pack, pack_archive
@@ -45,7 +45,7 @@ def model_of(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(42)
         encoder = create_encoder(backbone)
-        return ContrastiveModel(encoder, projection_head(encoder.num_features))
+        return ContrastiveModel(encoder, projection_head(width(encoder)))
 
 def step_of(
     model,     # views to projections

@@ -53,8 +53,8 @@ def pair_quality(
 ) -> dict:
     "What a clustering does to pairs of images: shares in [0, 1]"
     known = np.asarray(labels) >= 0
-    table = contingency_matrix(np.asarray(labels)[known], np.asarray(clusters)[known]).astype(float)
-    both,same_class,same_cluster,all_pairs = (_pairs(o) for o in (table, table.sum(1), table.sum(0), table.sum()))
+    table = contingency_matrix(np.asarray(labels)[known], np.asarray(clusters)[known], sparse=True)
+    both,same_class,same_cluster,all_pairs = (_pairs(np.asarray(o, float)) for o in (table.data, table.sum(1), table.sum(0), table.sum()))
     return dict(false_negatives_before=same_class/max(all_pairs, 1), caught=both/max(same_class, 1), swallowed=(same_cluster-both)/max(all_pairs-same_class, 1),
                 false_negatives_after=(same_class-both)/max(all_pairs-same_cluster, 1))
 

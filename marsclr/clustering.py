@@ -95,7 +95,7 @@ def kmeans(
     if not 1 <= k <= len(x): raise MarsclrError(f'{k} clusters of {len(x)} images: give a number between 1 and {len(x)}')
     x = np.ascontiguousarray(x, dtype=np.float32)
     if not np.isfinite([x.min(), x.max()]).all(): raise MarsclrError('features hold NaN or infinity: the encoder has diverged')
-    km = faiss.Kmeans(x.shape[1], k, niter=20, nredo=tries, seed=seed, min_points_per_centroid=1, max_points_per_centroid=len(x))
+    km = faiss.Kmeans(x.shape[1], k, niter=20, nredo=tries, seed=seed % 2**31, min_points_per_centroid=1, max_points_per_centroid=len(x))
     km.train(x)
     squared,ids = km.index.search(x, 1)
     alike = _first_alike(x)
@@ -126,6 +126,7 @@ def whiten(
     if not features.isfinite().all(): raise MarsclrError('features hold NaN or infinity: the encoder has diverged')
     pca = PCA(max(min(dim, len(features)//10, features.shape[1]), 1), whiten=True, svd_solver='full').fit(features)
     kept = pca.explained_variance_ > 1e-6*max(pca.explained_variance_[0], 1e-12)
+    kept[0] = True
     return F.normalize(torch.from_numpy(pca.transform(features)[:,kept]).float(), dim=1)
 
 # %% ../nbs/02_clustering.ipynb #b6ea053f

@@ -63,6 +63,7 @@ def command(
         for hidden in ('pdb', 'xtra'): args.pop(hidden)
         try:
             if not several and int(os.environ.get('WORLD_SIZE', 1)) > 1: raise MarsclrError('works in one process: start it without a launcher')
+            if hasattr(sys.stdout, 'reconfigure'): sys.stdout.reconfigure(errors='backslashreplace')
             with on_signal(_stop): func(**args)
         except (MarsclrError, OSError) as e:
             _tell_launcher(e)
@@ -167,11 +168,12 @@ def append_rows(
     "Add rows to a table, whole or not at all; what is there is not touched"
     path,new = Path(path),pd.DataFrame(rows)
     before = path.read_text() if path.is_file() else ''
+    if before and before[-1] != '\n': before += '\n'
     if before:
         columns = list(pd.read_csv(path, nrows=0).columns)
         if extra := [o for o in new if o not in columns]: raise MarsclrError(f'{path} has no column {extra[0]!r}: it is another table; move it away')
         new = new.reindex(columns=columns)
-    with whole(path) as p: p.write_text(before + new.to_csv(index=False, header=not before, float_format='%.4f'))
+    with whole(path) as p: p.write_text(before + new.to_csv(index=False, header=not before, float_format='%.6g'))
 
 # %% ../nbs/00_core.ipynb #0e5a5e85
 def data_root() -> Path: # `$MARSCLR_DATA`, else `~/.cache/marsclr` (or `$XDG_CACHE_HOME/marsclr`)

@@ -227,8 +227,8 @@ def recommend(
     if s < .02: what = 'plain contrastive learning (--loss dcl), with as large a batch as fits'
     elif low < .1: what = 'plain contrastive learning (--loss dcl), until the rate is known to be above 10 %'
     else:
-        what = f'cluster-aware (--loss cluster_aware, clusters by marsclr_cluster){" with a larger batch" if true < 32 else ""}, with --loss dcl beside it'
-        why.append('the rate is above 10 % with three chances in four; the paper gained 1 to 2 points there, our smaller runs nothing over dcl')
+        what = f'--loss dcl{" with a larger batch" if true < 32 else ""}, and beside it cluster-aware (--loss cluster_aware, clusters by marsclr_cluster)'
+        why.append('the rate is above 10 % with three chances in four; there the paper gains by clusters, our smaller runs nothing over dcl')
         if true < 32: why.append(f'right clusters leave the true negatives alone: a batch of {int(32/(1-s))+2} would have 32')
     if s > .05: why.append(f'another domain as {1-np.sqrt(.05/s):.0%} of the images (marsclr_pretrain THIS,OTHER RUN) would bring the rate to 5 %, since a pair is false only if both are of this one')
     return '\n- '.join([f'recommendation: {what}', *why])

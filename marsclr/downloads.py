@@ -19,6 +19,7 @@ from urllib3.exceptions import HTTPError, NewConnectionError
 from urllib3.util import Retry
 from . import __version__
 from .core import MarsclrError, alone, cut_off, one_line
+from .packing import formats
 
 # %% ../nbs/00b_downloads.ipynb #c79414d5
 class Fault(Exception):
@@ -244,9 +245,9 @@ def check_digest(
 def check_image(
     path, # a file
 ):
-    "Decode an image fully"
+    "Decode an image fully, in a format that is packed"
     try:
-        with Image.open(path) as im: im.load()
+        with Image.open(path, formats=formats) as im: im.load()
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as e: raise Fault(f'no whole image ({one_line(e)})'.replace(str(path), 'it')) from e
 
 # %% ../nbs/00b_downloads.ipynb #ee08d5d5

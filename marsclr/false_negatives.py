@@ -43,6 +43,7 @@ def check_counts(
     if of not in ('pairs', 'negatives'): raise MarsclrError(f"share of {of!r} is not known: choose from pairs negatives")
     if n.ndim != 1 or not len(n): raise MarsclrError('no class is given: give the number of images of each')
     if (n < 0).any() or not np.isfinite(n).all(): raise MarsclrError(f'{n[(n < 0) | ~np.isfinite(n)][0]:g} images of a class: give numbers from 0 up')
+    if n.sum() >= 1e9: raise MarsclrError(f'{n.sum():g} images are more than can be simulated: give counts that add up to less than 1e9')
     if n.sum() < 2: raise MarsclrError(f'{n.sum():g} images make no pair: give at least 2')
     if batch < 2: raise MarsclrError(f'a batch of {batch} images makes no pair: give at least 2')
     if batch > n.sum() and not replacement: raise MarsclrError(f'a batch of {batch} images is larger than the data set ({n.sum():g} images)')
@@ -58,8 +59,8 @@ def simulate(
     seed:int=42,
 ) -> np.ndarray: # (batches,) the share in each; nan for a batch without negatives
     "False-negative rates of batches drawn at random"
+    cells = check_counts(np.ravel(counts), batch, of, replacement)
     table = np.asarray(counts, dtype=np.int64)
-    cells = check_counts(table.ravel(), batch, of, replacement)
     rng = np.random.default_rng(seed)
     if replacement: drawn = rng.multinomial(batch, cells/cells.sum(), batches)
     else: drawn = rng.multivariate_hypergeometric(table.ravel(), batch, batches, method='marginals')
@@ -88,7 +89,7 @@ def read_counts(
     try: numbers = [int(o.split()[-1]) for o in words if o.strip()]
     except ValueError as e: raise MarsclrError(f'{source!r} is neither a pack, nor a file with a label at the end of each line, nor numbers separated by commas') from e
     if min(numbers, default=0) < 0: raise MarsclrError(f'{source!r} holds {min(numbers)}: give numbers from 0 up')
-    return np.bincount(numbers) if file else np.array(numbers, dtype=np.int64)
+    return np.unique(numbers, return_counts=True)[1] if file else np.array(numbers, dtype=float)
 
 def class_by_cluster(
     pack:str,     # labeled pack folder

@@ -97,14 +97,14 @@ def list_sol(
     full=True,      # full frames only
 ) -> tuple: # images as the feed has them; their number as it states it
     "All images of one sol"
-    seen,total = {},0
+    seen = {}
     for walk in count():
-        before = len(seen)
+        before,total = len(seen),0
         for i in count():
             page = get_json(fetcher, site(nasa)+feed.path, **feed.query(sol, sol, cameras, i, full))
             found = _records(feed, page)
             fresh = {str(o.get('imageid')): o for o in found if str(o.get('imageid')) not in seen}
-            seen,total = seen | fresh,_number(page.get(feed.total))
+            seen,total = seen | fresh,max(total, _number(page.get(feed.total)))
             if not fresh or (len(seen) >= total and len(found) < (_number(page.get('per_page')) or feed.per_page)): break
         if len(seen) >= total or len(seen) == before: return list(seen.values()), total
 
@@ -153,7 +153,9 @@ def _each(fetcher, connections, func, items, progress, comment):
         fetcher.stop.set()
         if progress: print()
         raise
-    finally: pool.shutdown(cancel_futures=True)
+    finally:
+        pool.shutdown(cancel_futures=True)
+        fetcher.stop.clear()
 
 # %% ../nbs/00e_feeds.ipynb #ef20c07d
 def latest_sol(

@@ -25,7 +25,7 @@ from sklearn.preprocessing import StandardScaler
 from torch import nn
 from torch.utils.data import TensorDataset
 from .core import MarsclrError, command, one_line, read_json, whole, write_json
-from .encoders import ContrastiveModel, Stages, create_encoder, encode, load_encoder, pick_device, projection_head
+from .encoders import ContrastiveModel, Stages, create_encoder, encode, load_encoder, pick_device, projection_head, width
 from .packing import load_pack
 from .processes import joined, rank
 from .runs import load_checkpoint
@@ -94,8 +94,9 @@ class ProbeResult:
     ) -> tuple: # low and high end
         "95 % bootstrap interval of the accuracy"
         right = (self.truth == self.predicted)
-        picks = np.random.default_rng(seed).integers(len(right), size=(draws, len(right)))
-        return tuple(np.percentile(right[picks].mean(1), [2.5, 97.5]).tolist())
+        rng = np.random.default_rng(seed)
+        means = [right[rng.integers(len(right), size=len(right))].mean() for _ in range(draws)]
+        return tuple(np.percentile(means, [2.5, 97.5]).tolist())
 
     def summary(self) -> dict:
         "The figures of one row of a table"
@@ -167,8 +168,9 @@ def load_projection(
 ) -> ContrastiveModel: # encoder and head, images to projections
     "Encoder and projection head of a run, from its checkpoint"
     c,path = read_json(Path(run)/'config.json', 'backbone', 'projection_layers', 'projection_dim'),Path(run)/'checkpoint.pt'
+    if not (Path(run)/'encoder.safetensors').is_file(): raise MarsclrError(f'{run} holds no encoder.safetensors: is it a finished run of marsclr_pretrain?')
     encoder = create_encoder(c['backbone'])
-    model = ContrastiveModel(encoder, projection_head(encoder.num_features, c['projection_layers'], c['projection_dim']))
+    model = ContrastiveModel(encoder, projection_head(width(encoder), c['projection_layers'], c['projection_dim']))
     try: model.load_state_dict(load_checkpoint(path)['model'])
     except (RuntimeError, KeyError, TypeError) as e: raise MarsclrError(f'{path} is not a checkpoint of this run ({one_line(e)})') from e
     return model.eval()
@@ -202,7 +204,7 @@ def marsclr_probe(
     if size < 0: raise MarsclrError(f'--size {size}: give a number of pixels, or 0 for that of the pack')
     if run == 'random' and kind == 'projection': raise MarsclrError('--kind projection: random weights have no projection head; give a run')
     if stages and kind == 'projection': raise MarsclrError('--stages and --kind projection exclude each other: a projection has no stages')
-    if run == 'random' and to.parts[0] == 'random': raise MarsclrError('random weights have no run folder: give --to')
+    if run == 'random' and to.parts[:1] == ('random',): raise MarsclrError('random weights have no run folder: give --to')
     if to.exists(): raise MarsclrError(f'{to} exists: remove it or give another folder with --to')
     torch.manual_seed(seed)
     encoder = create_encoder(backbone) if run == 'random' else load_projection(run) if kind == 'projection' else load_encoder(run)

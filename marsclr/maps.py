@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['tsne', 'neighbours_kept', 'map_table', 'map_seats', 'strip_seats', 'cluster_colours', 'mosaic', 'map_figure',
-           'map_tables', 'draw_maps']
+           'map_tables', 'is_map_of', 'draw_maps']
 
 # %% ../nbs/07e_map.ipynb #de407793
 import numpy as np, pandas as pd, torch, torch.nn.functional as F
@@ -18,6 +18,7 @@ from .clustering import feature_clusters
 from .core import MarsclrError, whole
 from .methods import Lab
 from .packing import Pack
+from .paper import config_of
 
 # %% ../nbs/07e_map.ipynb #268cfcb2
 def tsne(
@@ -145,6 +146,13 @@ def map_tables(
         print(f'fig8, {domain}: {len(rows)} images, {neighbours_kept(x[rows], tables[-1][["x", "y"]]):.0%} of the ten nearest neighbours kept', flush=True)
     return pd.concat(tables, ignore_index=True)
 
+def is_map_of(
+    table:pd.DataFrame, # fig8.csv
+    **asked             # method, seed and config
+) -> np.ndarray: # (N,) bool
+    "Which rows are what is asked for"
+    return np.all([table[k].astype(str) == str(v) if k in table else np.zeros(len(table), bool) for k,v in asked.items()], axis=0)
+
 def draw_maps(
     lab:Lab,
     method='eq. 1', # whose features
@@ -153,11 +161,12 @@ def draw_maps(
     images:int=10_000, # to show of a domain, at most
 ) -> str: # the files
     "Figure 8: draw the maps, and make their table if it is not there"
-    pool,path = lab.packs['pool'],lab.to/'fig8.csv'
+    pool,path,asked = lab.packs['pool'],lab.to/'fig8.csv',dict(method=method, seed=seed, config=config_of(method, lab.settings))
     if not path.exists():
-        table = map_tables(lab, method, seed, k, images)
+        table = map_tables(lab, method, seed, k, images).assign(**asked)
         with whole(path) as p: table.to_csv(p, index=False)
     table,made = pd.read_csv(path),[path]
+    if is_map_of(table, **asked).sum() != len(table): raise MarsclrError(f'{path} is not of {method}, seed {seed}, with these settings: remove the file, and it is made again')
     rows = pd.Index(pool.table.path).get_indexer(table.path)
     if (rows < 0).any(): raise MarsclrError(f'{path} names {table.path[rows < 0].iloc[0]}, which {pool.name} does not hold: remove the file, and it is made again')
     for domain,t in table.groupby('domain', sort=False):

@@ -23,7 +23,8 @@ from .augmentations import Views
 from .cluster_study import source_features
 from .clustering import Clusters, capture_clusters, kmeans, label_clusters
 from .core import MarsclrError, whole, write_json
-from .encoders import Stages, create_encoder, encode, fast_bf16, load_encoder, pick_device, save_encoder
+from .downloads import digest
+from .encoders import Stages, create_encoder, encode, fast_bf16, load_encoder, pick_device, save_encoder, width
 from .packing import Pack, concat_packs
 from .runs import Autocast, PackLoader, RunFolder, RunLearner, open_run, show_progress
 from .texture import texture_clusters
@@ -175,7 +176,7 @@ def supervised(
     train = pack.where(((pack.table.split == 'train') & (pack.table.label >= 0)).to_numpy())
     torch.manual_seed(seed)
     encoder = create_encoder(backbone)
-    model = nn.Sequential(encoder, nn.Linear(encoder.num_features, len(pack.classes))).to(device, memory_format=torch.channels_last)
+    model = nn.Sequential(encoder, nn.Linear(width(encoder), len(pack.classes))).to(device, memory_format=torch.channels_last)
     view = LabeledView(Views(image_size, (crop_min, crop_max), colour_strength), train.table.label.to_numpy(), seed)
     loader,cbs = PackLoader(train, batch_size, seed, device),[view, Schedule(lr, 'cosine', warmup), Autocast(), RunFolder(run, 20)]
     learn = RunLearner(DataLoaders(loader, loader, device=device), model, CrossEntropyLossFlat(), opt_func=partial(adam, decoupled=True), lr=lr, cbs=cbs)
@@ -232,7 +233,9 @@ def features(self:Lab,
     pack:Pack, # to be tested on
 ) -> tuple: # (N, D) features; the run folder, none for random weights
     "Features of a labeled pack, from the encoder of a method; both are made if they are not there"
-    run,path = self.train(method, seed, pack),self.to/'features'/f'{run_name(method, pack.fingerprint, f"seed{seed}")}.npy'
+    run = self.train(method, seed, pack)
+    weights = [digest(run/'encoder.safetensors')[:12]] if run else []
+    path = self.to/'features'/f'{run_name(method, pack.fingerprint, f"seed{seed}", *weights)}.npy'
     if not path.exists():
         torch.manual_seed(seed)
         encoder,layer = load_encoder(run) if run else create_encoder(self.settings['pretrain']['backbone']),recipe_of(method).get('layer')

@@ -15,7 +15,7 @@ import numpy as np, pandas as pd
 from fastcore.basics import AttrDict, patch
 from matplotlib import pyplot as plt
 from scipy.stats import t as student
-from .core import MarsclrError, append_rows, data_root, read_json, whole
+from .core import MarsclrError, append_rows, data_root, one_line, read_json, whole
 from .encoders import create_encoder
 from .false_negatives import false_negative_rate, simulate
 from .linear_evaluation import probe
@@ -119,7 +119,11 @@ def read_cells(
     path, # a CSV file of cells
 ) -> pd.DataFrame: # without rows, where there is no file
     "The cells that there are"
-    return pd.read_csv(path, dtype=dict(probed_by=str, trained_by=str)) if Path(path).is_file() else pd.DataFrame(columns=[*key, 'config'])
+    if not Path(path).is_file(): return pd.DataFrame(columns=[*key, 'config'])
+    try: table = pd.read_csv(path, dtype=dict(probed_by=str, trained_by=str))
+    except ValueError as e: raise MarsclrError(f'{path} cannot be read as a table of cells ({one_line(e)}): move it away') from e
+    if lacks := [o for o in (*key, 'config') if o not in table]: raise MarsclrError(f'{path} has no column {lacks[0]!r}: it is no table of cells; move it away')
+    return table
 
 def missing(
     cells:pd.DataFrame, # what `grid` made, of one group

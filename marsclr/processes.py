@@ -16,6 +16,7 @@ import psutil, torch, torch.distributed as dist
 from accelerate import PartialState
 from accelerate.commands.config.config_args import default_config_file
 from accelerate.commands.launch import launch_command, launch_command_parser
+from accelerate.state import AcceleratorState
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from .core import MarsclrError, on_signal
@@ -44,6 +45,7 @@ def joined(
         time.sleep(30)
         raise
     dist.destroy_process_group()
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 # %% ../nbs/00d_processes.ipynb #593f067b
 def cause(

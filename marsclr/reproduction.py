@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['laptop', 'yard', 'presets', 'cells', 'open_folder', 'make_packs', 'make_encoders', 'report_clusters', 'probe_all',
-           'accuracy_figure', 'reproduce', 'study', 'reference_archives', 'marsclr_reproduce']
+           'accuracy_figure', 'save_figure', 'reproduce', 'study', 'reference_archives', 'marsclr_reproduce']
 
 # %% ../nbs/08_reproduction.ipynb #a04588ac
 import shutil, time
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np, pandas as pd, torch
@@ -15,13 +16,13 @@ from matplotlib import pyplot as plt
 from .cluster_quality import pair_quality
 from .cluster_study import cluster_table, k_rule, source_features, trade_figure
 from .clustering import feature_clusters, label_clusters, load_clusters
-from .core import MarsclrError, append_rows, command, data_root, whole
+from .core import MarsclrError, alone, append_rows, command, data_root, whole
 from .datasets import hirise, imagenet, is_copy, msl, rovers
 from .encoders import create_encoder, encode, load_encoder
 from .diagnosis import judge, references
 from .homogeneity import curve, curve_figure, gains, leaves_pack, yard_pack
 from .linear_evaluation import probe
-from .maps import draw_maps
+from .maps import draw_maps, is_map_of
 from .marsyard import write_marsyard
 from .methods import Lab, recipe_of
 from .packing import Pack, load_pack, pack_archive
@@ -56,21 +57,23 @@ presets |= dict(
     gpu=dict(msl=dict(cells, size=192, pretrain=dict(laptop, epochs=40, batch_size=128, image_size=96), supervised=dict(epochs=40, batch_size=128), texture=dict(k=150, epochs=100),
                       natural=2000, images=2000, pool_images=7373, labeled_images=5920, images_per_s=5000, probe_s=2)),
     paper=dict(msl=dict(cells, groups=cells['groups'] | dict(fig3={k: v for k,v in groups['fig3'].items() if k != 'eq. 2, true classes'}), size=256, pretrain=dict(backbone='resnet50'), supervised=dict(backbone='resnet50', image_size=224, epochs=100, batch_size=128, lr=3e-4),
-                        texture=dict(k=150, epochs=100), natural=56_000, images=100_000, pool_images=112_535, labeled_images=5920, images_per_s=2400, probe_s=60)))
+                        texture=dict(k=150, epochs=100), natural=106_000, images=100_000, pool_images=212_535, labeled_images=5920, images_per_s=320, probe_s=60)))
 
 # %% ../nbs/08_reproduction.ipynb #3f9c6a5d
+@contextmanager
 def open_folder(
     to:Path,       # folder for everything that is made
     data:str,      # marsyard or msl
     settings:dict, # of the preset
     **kwargs       # more of them
 ):
-    "Make a folder for the data and settings, or check that the one there is of the same"
+    "Make a folder for the data and settings, or check that the one there is of the same; nobody else works in it until the block ends"
     if data == 'msl' and not to.exists():
         for archive in (rovers, msl, hirise): archive()
     settings = {k: v for k,v in settings.items() if k not in ('points', 'train_seeds', 'groups', 'labels', 'draws', 'packs', 'pool_images', 'labeled_images', 'images_per_s', 'probe_s')}
     flat = {f'{k} {o}': v for k,part in settings.items() if isinstance(part, dict) for o,v in part.items()}
     open_run(to, dict(data=data, **{k: v for k,v in settings.items() if not isinstance(v, dict)}, **flat, **kwargs))
+    with alone(to/'.lock', f'{to} is in use by another process: wait for it, or give another folder with --to'): yield
 
 # %% ../nbs/08_reproduction.ipynb #3094926d
 def _pack(archive, to, size):
@@ -168,6 +171,14 @@ def accuracy_figure(
     return fig
 
 # %% ../nbs/08_reproduction.ipynb #67509c73
+def save_figure(
+    fig,
+    path:Path, # a .png file
+):
+    "Save a figure, whole or not at all, and let it go"
+    with whole(path) as p: fig.savefig(p, format='png')
+    plt.close(fig)
+
 def reproduce(
     data:str,      # marsyard or msl
     to,            # folder for everything that is made
@@ -177,14 +188,14 @@ def reproduce(
 ) -> pd.DataFrame: # one row a method and labeled pack, of this seed
     "The paper's chain: pack, pretrain with eq. 1, cluster, pretrain with eq. 2, probe"
     to = Path(to)
-    open_folder(to, data, settings, **kwargs)
-    packs = make_packs(data, to, settings['size'], **kwargs)
-    table = probe_all(make_encoders(packs, to, settings, seed), packs, to/'table.csv', seed)
-    table = table[table.seed == seed]
-    s = settings['pretrain']
-    title = f"{s['backbone']}, {s['image_size']} px crops of {settings['size']} px images, {s['epochs']} epochs on {len(packs['pool'])} images, seed {seed}; dotted: majority class"
-    with whole(to/'figure.png') as p: accuracy_figure(table, title).savefig(p, format='png')
-    return table
+    with open_folder(to, data, settings, **kwargs):
+        packs = make_packs(data, to, settings['size'], **kwargs)
+        table = probe_all(make_encoders(packs, to, settings, seed), packs, to/'table.csv', seed)
+        table = table[table.seed == seed]
+        s = settings['pretrain']
+        title = f"{s['backbone']}, {s['image_size']} px crops of {settings['size']} px images, {s['epochs']} epochs on {len(packs['pool'])} images, seed {seed}; dotted: majority class"
+        save_figure(accuracy_figure(table, title), to/'figure.png')
+        return table
 
 # %% ../nbs/08_reproduction.ipynb #0ad11511
 def study(
@@ -195,16 +206,16 @@ def study(
 ) -> pd.DataFrame: # one row a pack, source, K and seed
     "Compare the sources of clusters"
     to,s = Path(to),settings
-    open_folder(to, data, settings, **kwargs)
-    packs = make_packs(data, to, s['size'], **kwargs)
-    def features(pack, seed):
-        eq1 = pretrain(str(to/'pool.pack'), str(to/f'eq1-seed{seed}'), **dict(s['pretrain'], seed=seed), save_every=20)
-        texture_clusters(packs['pool'], to/f'texture-seed{seed}', seed=seed, save_every=5, **s['texture'])
-        return source_features(pack, seed, eq1, to/f'texture-seed{seed}', s['texture'].get('embed_size'))
-    measured = {k: p.where(~is_copy(p.table)) for k,p in packs.items() if 'HiRISE' not in k}
-    table = cluster_table(measured, features, to/'clusters.csv', s['ks'], s['seeds'])
-    with whole(to/'clusters.png') as p: trade_figure(table).savefig(p, format='png')
-    return table
+    with open_folder(to, data, settings, **kwargs):
+        packs = make_packs(data, to, s['size'], **kwargs)
+        def features(pack, seed):
+            eq1 = pretrain(str(to/'pool.pack'), str(to/f'eq1-seed{seed}'), **dict(s['pretrain'], seed=seed), save_every=20)
+            texture_clusters(packs['pool'], to/f'texture-seed{seed}', seed=seed, save_every=5, **s['texture'])
+            return source_features(pack, seed, eq1, to/f'texture-seed{seed}', s['texture'].get('embed_size'))
+        measured = {k: p.where(~is_copy(p.table)) for k,p in packs.items() if 'HiRISE' not in k}
+        table = cluster_table(measured, features, to/'clusters.csv', s['ks'], s['seeds'])
+        save_figure(trade_figure(table), to/'clusters.png')
+        return table
 
 # %% ../nbs/08_reproduction.ipynb #be4ccae5
 def reference_archives(
@@ -223,14 +234,14 @@ def reference_archives(
     return {**real, 'MarsYard': yards[:24]}, {**real, 'MarsYard': yards[24:]}
 
 def _references(data, to, settings, seed):
-    open_folder(to, data, settings)
-    archives,tests = reference_archives(to, settings['size'])
-    if not (to/'references.csv').exists():
-        with whole(to/'references.csv') as p: references(archives).to_csv(p, index=False, float_format='%.5f')
-    judged = judge(pd.read_csv(to/'references.csv'), tests)
-    with whole(to/'diagnosis.csv') as p: judged.to_csv(p, index=False, float_format='%.5f')
-    print(judged.round(4).to_string(index=False))
-    return f'{to}/references.csv {to}/diagnosis.csv'
+    with open_folder(to, data, settings):
+        archives,tests = reference_archives(to, settings['size'])
+        if not (to/'references.csv').exists():
+            with whole(to/'references.csv') as p: references(archives).to_csv(p, index=False, float_format='%.5f')
+        judged = judge(pd.read_csv(to/'references.csv'), tests)
+        with whole(to/'diagnosis.csv') as p: judged.to_csv(p, index=False, float_format='%.5f')
+        print(judged.round(4).to_string(index=False))
+        return f'{to}/references.csv {to}/diagnosis.csv'
 
 # %% ../nbs/08_reproduction.ipynb #a5e3ea8e
 def _print_probes(table):
@@ -248,11 +259,11 @@ def _clusters(data, to, settings, seed):
     return f'{to}/clusters.csv {to}/clusters.png'
 
 def _homogeneity(data, to, settings, seed):
-    open_folder(to, data, settings)
-    table = curve(to, settings['points'], settings['train_seeds'], settings)
-    with whole(to/'curve.png') as p: curve_figure(table).savefig(p, format='png')
-    print(gains(table).round(2).to_string(index=False))
-    return f'{to}/curve.csv {to}/curve.png'
+    with open_folder(to, data, settings):
+        table = curve(to, settings['points'], settings['train_seeds'], settings)
+        save_figure(curve_figure(table), to/'curve.png')
+        print(gains(table).round(2).to_string(index=False))
+        return f'{to}/curve.csv {to}/curve.png'
 
 # %% ../nbs/08_reproduction.ipynb #b3a2603f
 def _table(name, to, known):
@@ -261,7 +272,11 @@ def _table(name, to, known):
 
 def _left(asked, to, known):
     "The cells that their group's table has not"
-    def left(name, cells): return cells[:0] if name == 'fig8' and _table(name, to, known).exists() else missing(cells, read_cells(_table(name, to, known)))
+    def left(name, cells):
+        path = _table(name, to, known)
+        if name != 'fig8' or not path.exists(): return missing(cells, read_cells(path))
+        table = pd.read_csv(path)
+        return cells[[not is_map_of(table, **o).all() for o in cells[['method', 'seed', 'config']].to_dict('records')]]
     return pd.concat([left(*o) for o in asked.groupby('group', sort=False)])
 
 def _check_inputs(mixed, fractions):
@@ -279,16 +294,16 @@ def _cells(data, to, settings, only='', known='', dry_run=False, **kwargs):
     if dry_run: return f'{bill.to_string(index=False)}\ncells missing: {len(unpaid)}, about {bill.minutes.sum()/60:.1f} hours'
     mixed = asked.method.map(lambda o: recipe_of(o).get('pool') not in (None, 'with train')).any()
     if data == 'msl': _check_inputs(mixed and not (to/'natural.pack').exists(), ((unpaid.labels < 100) & unpaid['pack'].str.startswith('MSL')).any())
-    open_folder(to, data, settings, **kwargs)
-    packs = make_packs(data, to, settings['size'], **kwargs)
-    if mixed:
-        packs['natural'] = _pack(imagenet, to/'natural.pack', settings['size']) if data == 'msl' else leaves_pack(to/'natural.pack', settings['natural'], 1, settings['size'])
-    for path in (Path(known)/f'{o}.csv' for o in {*names, *asked.group} if known):
-        if path.exists() and not (to/path.name).exists():
-            with whole(to/path.name) as p: shutil.copy(path, p)
-    lab = Lab(packs, to, settings)
-    lab.run(left[left.group != 'fig8'])
-    return ' '.join(draw_maps(lab, g.method.iloc[0], int(g.seed.iloc[0])) if name == 'fig8' else draw_tables(lab, [name]) for name,g in asked.groupby('group', sort=False))
+    with open_folder(to, data, settings, **kwargs):
+        packs = make_packs(data, to, settings['size'], **kwargs)
+        if mixed:
+            packs['natural'] = _pack(imagenet, to/'natural.pack', settings['size']) if data == 'msl' else leaves_pack(to/'natural.pack', settings['natural'], 1, settings['size'])
+        for path in (Path(known)/f'{o}.csv' for o in {*names, *asked.group} if known):
+            if path.exists() and not (to/path.name).exists() and not (path.stem == 'fig8' and 'fig8' in set(left.group)):
+                with whole(to/path.name) as p: shutil.copy(path, p)
+        lab = Lab(packs, to, settings)
+        lab.run(left[left.group != 'fig8'])
+        return ' '.join(draw_maps(lab, g.method.iloc[0], int(g.seed.iloc[0])) if name == 'fig8' else draw_tables(lab, [name]) for name,g in asked.groupby('group', sort=False))
 
 # %% ../nbs/08_reproduction.ipynb #bef2cf2b
 _chains = dict(smoke=_smoke, clusters=_clusters, homogeneity=_homogeneity, references=_references)

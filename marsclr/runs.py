@@ -90,7 +90,10 @@ class RunLearner(Learner):
 
     def fit(self, n_epoch, **kwargs):
         several = self.distrib_ctx(sync_bn=self.dls.device.type == 'cuda') if world() > 1 else nullcontext()
-        with self.in_its_folder() if hasattr(self, 'run_folder') else nullcontext(), several: super().fit(n_epoch, **kwargs)
+        with self.in_its_folder() if hasattr(self, 'run_folder') else nullcontext(), several:
+            try: super().fit(n_epoch, **kwargs)
+            finally:
+                for cb in self.cbs: getattr(cb, 'leave', noop)()
 
     @contextmanager
     def in_its_folder(self):
@@ -110,6 +113,8 @@ class RunLearner(Learner):
             self.dls.train.start = 0
 
     def _do_one_batch(self):
+        loader = self.dls.train
+        torch.manual_seed(np.random.SeedSequence([getattr(loader, 'seed', 0), self.epoch, loader.start+self.iter, rank()]).generate_state(1)[0].item())
         super()._do_one_batch()
         if self.train_iter % 50 == 49: trim_heap()
 
@@ -125,15 +130,18 @@ class Autocast(Callback):
     order = 10
     def __init__(self,
         bf16=None, # in bfloat16? Where the device is fast at it by default
-    ): self.bf16 = bf16
+    ): self.bf16,self.cast = bf16,None
 
     def before_fit(self): self.on = fast_bf16(self.dls.device) if self.bf16 is None else self.bf16
     def before_batch(self):
         self.cast = torch.autocast(self.dls.device.type, torch.bfloat16, enabled=self.on)
         self.cast.__enter__()
     def after_pred(self):
-        self.cast.__exit__(None, None, None)
+        self.leave()
         if self.on: self.learn.pred = self.pred.float()
+    def leave(self):
+        if self.cast: self.cast.__exit__(None, None, None)
+        self.cast = None
 
 # %% ../nbs/01b_runs.ipynb #aabfa55f
 class RunFolder(Callback):
@@ -148,10 +156,10 @@ class RunFolder(Callback):
         self.total,self.seen,self.pending = torch.zeros((), device=self.dls.device),0,[]
         self.look_every = 1 if self.dls.device.type == 'cpu' else 10
         if not rank():
-            for o in filter(Path.is_dir, self.path.glob('.*.*-*')): shutil.rmtree(o)
+            for name in ('checkpoint.pt', 'log.csv', 'encoder.safetensors'):
+                for o in filter(Path.is_dir, self.path.glob(f'.{name}-????????')): shutil.rmtree(o)
+        self.earlier,self.began = 0.,time.perf_counter()
         self.resume()
-
-    def before_epoch(self): self.began,self.before = time.perf_counter(),self.seen
 
     def after_batch(self):
         self.pending.append(self.loss.detach().as_subclass(torch.Tensor))
@@ -162,16 +170,17 @@ class RunFolder(Callback):
         if stop and not last: self.stop(self.epoch, self.seen)
 
     def after_epoch(self):
-        seconds = time.perf_counter()-self.began
+        seconds = self.spent()
         row = dict(epoch=self.epoch, loss=f'{self.total.item()/self.seen:.5f}', lr=f"{self.opt.hypers[-1]['lr']:.3e}", seconds=f'{seconds:.1f}',
-                   images_per_s=f'{(self.seen-self.before)*self.dls.train.bs/seconds:.1f}')
+                   images_per_s=f'{self.seen*self.dls.train.bs/seconds:.1f}')
         for cb in self.learn.cbs: row |= getattr(cb, 'log_row', dict)()
         self.log(row)
-        self.total,self.seen = torch.zeros_like(self.total),0
+        self.total,self.seen,self.earlier,self.began = torch.zeros_like(self.total),0,0.,time.perf_counter()
         self.save(self.epoch+1, 0)
         if self.asked and self.epoch+1 < self.n_epoch: self.stop(self.epoch+1, 0)
 
     def after_fit(self): self.learn.first_epoch = 0
+    def spent(self): return self.earlier + time.perf_counter()-self.began
 
 # %% ../nbs/01b_runs.ipynb #ae4b0ecc
 @patch
@@ -204,7 +213,7 @@ def save(self:RunFolder,
     bad = next((k for k,v in model.items() if not v.isfinite().all()), None)
     if bad: raise MarsclrError(f'{bad} is not finite after epoch {self.epoch}, step {self.seen}: lower the learning rate or take fp32; {self.path} is as the last checkpoint left it')
     more = {cb.name: cb.state() for cb in self.learn.cbs if hasattr(cb, 'state')}
-    state = dict(model=model, opt=self.opt.state_dict(), epoch=epoch, step=step, total=self.total, callbacks=more)
+    state = dict(model=model, opt=self.opt.state_dict(), epoch=epoch, step=step, total=self.total, seconds=self.spent(), callbacks=more)
     try:
         with whole(self.path/'checkpoint.pt', before=self.path/'checkpoint-before.pt') as p: torch.save(state, p)
     except (OSError, RuntimeError) as e:
@@ -234,7 +243,7 @@ def load(self:RunFolder,
         self.opt.load_state_dict(state['opt'])
         for name,o in state['callbacks'].items(): getattr(self.learn, name).load_state(o)
         self.learn.first_epoch,self.dls.train.start = state['epoch'],state['step']
-        self.total,self.seen = state['total'].to(self.dls.device),state['step']
+        self.total,self.seen,self.earlier = state['total'].to(self.dls.device),state['step'],state.get('seconds', 0.)
     except (RuntimeError, KeyError, ValueError, TypeError, AttributeError, IndexError) as e:
         raise MarsclrError(f'{path} is not a checkpoint of this run ({one_line(e)})') from e
 
@@ -262,7 +271,7 @@ def log(self:RunFolder,
     path = self.path/'log.csv'
     rows = [o for o in csv.DictReader(path.read_text().splitlines()) if int(o['epoch']) < row['epoch']] if path.is_file() else []
     with whole(path) as p, open(p, 'w', newline='') as f:
-        w = csv.DictWriter(f, row, lineterminator='\n', restval='', extrasaction='ignore')
+        w = csv.DictWriter(f, dict.fromkeys([*(rows[0] if rows else ()), *row]), lineterminator='\n', restval='')
         w.writeheader()
         w.writerows(rows + [row])
 

@@ -21,7 +21,7 @@ from . import __version__
 from .augmentations import Views
 from .clustering import capture_clusters, kmeans, load_clusters, pool_groups
 from .core import MarsclrError
-from .encoders import ContrastiveModel, check_size, create_encoder, encode, fast_bf16, pick_device, projection_head, save_encoder
+from .encoders import ContrastiveModel, check_size, create_encoder, encode, fast_bf16, pick_device, projection_head, save_encoder, width
 from .losses import losses
 from .packing import Pack, concat_packs, load_pack
 from .processes import decided, joined, rank
@@ -122,9 +122,12 @@ def knn_accuracy(
     temperature:float=.07,
 ) -> float: # in [0, 1]
     "Accuracy of the weighted k-nearest-neighbour classifier on cosine similarity"
-    sim,nearest = (F.normalize(test, dim=1) @ F.normalize(train, dim=1).T).topk(min(k, len(train)))
-    votes = torch.zeros(len(test), int(labels.max())+1).scatter_add_(1, labels[nearest], (sim/temperature).exp())
-    return (votes.argmax(1) == truth).float().mean().item()
+    train,hits = F.normalize(train, dim=1).T,0
+    for some,true in zip(test.split(256), truth.split(256)):
+        sim,nearest = (F.normalize(some, dim=1) @ train).topk(min(k, len(labels)))
+        votes = torch.zeros(len(some), int(labels.max())+1).scatter_add_(1, labels[nearest], (sim/temperature).exp())
+        hits += (votes.argmax(1) == true).sum().item()
+    return hits/len(test)
 
 class OnlineKnn(Callback):
     "k-NN accuracy on a labeled pack after every epoch: train images vote on validation images"
@@ -218,6 +221,7 @@ def make_config(
         if settings[k] not in allowed: raise MarsclrError(f'--{k} {settings[k]!r} is not known: choose from {" ".join(allowed)}')
     for k,least in dict(epochs=1, image_size=1, projection_dim=1, seed=0, lr=0, weight_decay=0, warmup=0, save_every=0, refresh=0).items():
         if not settings[k] >= least: raise MarsclrError(f'--{k} {settings[k]:g}: give at least {least}')
+    if settings['seed'] >= 2**63: raise MarsclrError(f"--seed {settings['seed']}: give a number below 2**63")
     if settings['refresh'] and not groups: raise MarsclrError(f"--refresh {settings['refresh']} needs clusters to begin with: give --clusters")
     if settings['refresh'] >= settings['epochs']: raise MarsclrError(f"--refresh {settings['refresh']} never happens in {settings['epochs']} epochs: give a smaller number")
     if settings['precision'] == 'auto': settings = dict(settings, precision='bf16' if fast_bf16(pick_device(settings['device'])) else 'fp32')
@@ -241,7 +245,7 @@ def learner_from(
     encoder = create_encoder(c['backbone'])
     check_size(encoder, c['image_size'], '--image_size')
     for o in ([labeled] if labeled else []) + ([pack] if c['refresh'] else []): check_size(encoder, o.size, f'size to the images of {o.name}')
-    model = ContrastiveModel(encoder, projection_head(encoder.num_features, c['projection_layers'], c['projection_dim']))
+    model = ContrastiveModel(encoder, projection_head(width(encoder), c['projection_layers'], c['projection_dim']))
     loss = losses[c['loss']](temperature=c['temperature'])
     if not loss.needs_clusters and groups: raise MarsclrError(f"--clusters are given, but the loss {c['loss']} does not use them")
     if groups and groups.k < 2: raise MarsclrError('--clusters hold all images in one cluster, so no view has a negative: make more clusters')

@@ -12,6 +12,7 @@ from urllib3.exceptions import HTTPError, NewConnectionError
 from urllib3.util import Retry
 from marsclr import __version__
 from marsclr.core import MarsclrError, alone, cut_off, one_line
+from marsclr.packing import formats
 import errno, shutil, tempfile, time
 import pandas as pd
 from fastcore.test import *
@@ -64,6 +65,8 @@ def test_files():
     check_image(photo)
     os.truncate(photo, photo.stat().st_size-200)
     with expect_fail(Fault, 'no whole image'): check_image(photo)
+    photo.write_bytes(b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n')
+    with expect_fail(Fault, 'cannot identify'): check_image(photo)
     photo.unlink()
 
     jpeg = dict(enumerate(pictures(20, 64)))

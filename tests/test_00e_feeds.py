@@ -16,13 +16,15 @@ from marsclr.datasets import image_suffixes
 from marsclr.downloads import Fault, Fetcher, Part, check_image, digest, filling, get_file, get_json
 import os, tempfile
 from contextlib import ExitStack
+from itertools import cycle
 import matplotlib.pyplot as plt
 from fastcore.test import *
 from PIL import Image
 from requests import PreparedRequest
 from marsclr.datasets import image_folder
-from marsclr.stand_in import perseverance_record, curiosity_record, rover_stand_in
+from marsclr.stand_in import StandIn, perseverance_record, curiosity_record, rover_stand_in
 from marsclr.feeds import *
+from marsclr.feeds import _each
 
 
 def test_two_feeds():
@@ -36,7 +38,7 @@ def test_two_feeds():
 
 
 def test_a_walk_through_pages():
-    global quick
+    global feed, quick, server
     quick = dict(rate=1000, wait=.01, patience=.3)
 
     def listed(rover='perseverance', each=25, **feed):
@@ -47,6 +49,13 @@ def test_a_walk_through_pages():
         return f'{len(images)} found, {total} stated, {len(server.log)} pages asked for'
 
     dict(plain=listed(), curiosity=listed('curiosity'), shifting=listed(late=3, each=20), more_stated=listed(total_off=7), fewer_stated=listed(total_off=-7), none=listed(each=19, total_off=-20))
+
+    feed = feeds['perseverance']
+    answers = cycle([{feed.images: [dict(imageid='a'), dict(imageid='b')], feed.total: '3'}, {'message': 'no more images'}])
+    with StandIn({}, {feed.path: lambda query, server: next(answers)}) as server:
+        os.environ['MARSCLR_MIRROR'] = server.url
+        images,total = list_sol(Fetcher(**quick), feed, 11, feed.cameras)
+    test_eq((len(images), total), (2, 3))
 
 
 def test_rows_that_can_be_trusted():
@@ -59,6 +68,12 @@ def test_rows_that_can_be_trusted():
 
 
 def test_the_whole_archive():
+    global feed, server
+    def none(o): raise MarsclrError(f'no {o}')
+    fetcher = Fetcher()
+    with expect_fail(MarsclrError, 'no 1'): _each(fetcher, 1, none, [1, 2], False, '')
+    assert not fetcher.stop.is_set()
+
     for rover in feeds:
         with rover_stand_in(rover, [7, 8], each=1) as server:
             os.environ['MARSCLR_MIRROR'] = server.url

@@ -74,6 +74,8 @@ def test_a_backbone_by_its_timm_name():
 
 
 def test_features_of_every_stage():
+    for name in ('resnet10t', 'mobilenetv3_small_050', 'lcnet_050'): test_eq(create_encoder(name).eval()(torch.zeros(1, 3, 64, 64)).shape[1], width(create_encoder(name)))
+
     stages = Stages(encoder.eval())
     test_eq(stages.num_features, 2*(64+128+256+512))
     with torch.no_grad():

@@ -109,6 +109,13 @@ def test_half_the_precision():
         with learn.no_bar(), learn.no_logging(): learn.fit(1)
         test_eq((model.inside.dtype, set(kind.seen), model.weight.dtype), (inside, {torch.float32}, torch.float32))
 
+    class Interrupted(nn.Linear):
+        def forward(self, x): raise KeyboardInterrupt
+
+    learn = RunLearner(DataLoaders(Points(), Points()), Interrupted(1, 1), F.mse_loss, opt_func=sgd, cbs=[Autocast(True)])
+    with learn.no_bar(), learn.no_logging(), expect_fail(KeyboardInterrupt): learn.fit(1)
+    assert not torch.is_autocast_enabled('cpu')
+
 
 def test_the_folder():
     global StopAfter
@@ -124,6 +131,8 @@ def test_the_folder():
     folder = RunFolder(tmp/'log')
     for epoch in (0, 1, 2, 1): folder.log(dict(epoch=epoch, loss=3-epoch))
     test_eq((tmp/'log/log.csv').read_text(), 'epoch,loss\n0,3\n1,2\n')
+    for row in (dict(epoch=2, loss=1, knn=.5), dict(epoch=3, loss=0)): folder.log(row)
+    test_eq((tmp/'log/log.csv').read_text(), 'epoch,loss,knn\n0,3,\n1,2,\n2,1,0.5\n3,0,\n')
 
     class StopAfter(Callback):
         "Pull the plug after so many steps"
@@ -132,9 +141,9 @@ def test_the_folder():
         def after_batch(self):
             if self.train_iter == self.steps: raise CancelFitException()
 
-    def line(folder, cbs=(), lr=.1):
+    def line(folder, cbs=(), lr=.1, layers=()):
         torch.manual_seed(0)
-        learn = RunLearner(DataLoaders(Points(), Points()), nn.Linear(1, 1), F.mse_loss, opt_func=sgd, lr=lr, cbs=[RunFolder(folder, save_every=1), *cbs])
+        learn = RunLearner(DataLoaders(Points(), Points()), nn.Sequential(nn.Linear(1, 1), *layers), F.mse_loss, opt_func=sgd, lr=lr, cbs=[RunFolder(folder, save_every=1), *cbs])
         with learn.no_bar(), learn.no_logging(): learn.fit(3)
         return [p.item() for p in learn.model.parameters()]
 
@@ -142,6 +151,11 @@ def test_the_folder():
     for steps in (3, 5, 2): line(tmp/'stopped', [StopAfter(steps)])
     test_eq(line(tmp/'stopped'), straight)
     straight
+
+    drawn = line(tmp/'drawn', layers=[nn.Dropout(.5)])
+    line(tmp/'redrawn', [StopAfter(5)], layers=[nn.Dropout(.5)])
+    test_eq(line(tmp/'redrawn', layers=[nn.Dropout(.5)]), drawn)
+    assert drawn != straight
 
     logs = [pd.read_csv(tmp/o/'log.csv')[['epoch', 'loss', 'lr']] for o in ('straight', 'stopped')]
     test_eq(*logs)

@@ -78,6 +78,7 @@ def test_from_features_k_means():
     for seed in range(5):
         ids = kmeans(bursts, 25, seed)[0].reshape(30, 7)
         assert (ids == ids[:,:1]).all()
+    test_eq(kmeans(bursts, 25, 2**31+4)[0], kmeans(bursts, 25, 4)[0])
 
 
 def test_why_whiten():
@@ -90,6 +91,7 @@ def test_why_whiten():
     ax.legend()
     test_close(white.norm(dim=1), torch.ones(600), eps=1e-5)
     test_eq(whiten(torch.ones(9, 4)*torch.arange(9)[:,None]).shape, (9, 1))
+    test_eq(whiten(torch.ones(9, 4)).tolist(), [[0.]]*9)
 
 
 def test_features_and_file_names_together():

@@ -13,7 +13,7 @@ from marsclr import __version__
 from marsclr.augmentations import Views
 from marsclr.clustering import capture_clusters, kmeans, load_clusters, pool_groups
 from marsclr.core import MarsclrError
-from marsclr.encoders import ContrastiveModel, check_size, create_encoder, encode, fast_bf16, pick_device, projection_head, save_encoder
+from marsclr.encoders import ContrastiveModel, check_size, create_encoder, encode, fast_bf16, pick_device, projection_head, save_encoder, width
 from marsclr.losses import losses
 from marsclr.packing import Pack, concat_packs, load_pack
 from marsclr.processes import decided, joined, rank

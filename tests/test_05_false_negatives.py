@@ -135,9 +135,11 @@ def test_rates_of_an_archive():
     print_rates(f'{tmp}/pack', 64, f'{tmp}/found.npz')
 
     for args,message in ((('5,-1',), 'holds -1'), (('1',), '1 images make no pair'), (('0,0',), '0 images make no pair'), (('20,30', 100), 'larger than the data set (50 images)'),
-                         (('20,30', 1), 'makes no pair'), (('rock',), "'rock' is neither a pack"), (('20,30', 16, '', False, 0), '--batches 0')):
+                         (('20,30', 1), 'makes no pair'), (('1000000000,5',), '1e+09 images are more than can be simulated'), (('rock',), "'rock' is neither a pack"), (('20,30', 16, '', False, 0), '--batches 0')):
         with expect_fail(MarsclrError, message): print_rates(*args)
     test_eq(read_counts('5,0,3').tolist(), [5, 0, 3])
+    (tmp/'labels.txt').write_text('a.jpg 0\nb.jpg 1615000000000\nc.jpg 0\n')
+    test_eq(read_counts(str(tmp/'labels.txt')).tolist(), [2, 1])
 
     test_eq(false_negative_rate([5, 0, 3], 4), false_negative_rate([5, 3], 4))
     test_close(false_negative_rate([200], 128), (254/255, 0), eps=1e-7)

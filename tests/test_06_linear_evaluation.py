@@ -17,7 +17,7 @@ from sklearn.preprocessing import StandardScaler
 from torch import nn
 from torch.utils.data import TensorDataset
 from marsclr.core import MarsclrError, command, one_line, read_json, whole, write_json
-from marsclr.encoders import ContrastiveModel, Stages, create_encoder, encode, load_encoder, pick_device, projection_head
+from marsclr.encoders import ContrastiveModel, Stages, create_encoder, encode, load_encoder, pick_device, projection_head, width
 from marsclr.packing import load_pack
 from marsclr.processes import joined, rank
 from marsclr.runs import load_checkpoint
@@ -25,6 +25,7 @@ from marsclr.training import adam
 import shutil, tempfile
 from fastcore.test import *
 from marsclr.datasets import msl
+from marsclr.encoders import save_encoder
 from marsclr.marsyard import write_marsyard
 from marsclr.packing import pack_archive
 from marsclr.linear_evaluation import *
@@ -75,6 +76,8 @@ def test_from_the_command_line():
     (tmp/'run').mkdir()
     write_json(tmp/'run/config.json', dict(backbone='resnet18', projection_layers=2, projection_dim=128))
     torch.save(dict(model=ContrastiveModel(encoder, projection_head(512, 2, 128)).state_dict()), tmp/'run/checkpoint.pt')
+    with expect_fail(MarsclrError, 'holds no encoder.safetensors'): load_projection(tmp/'run')
+    save_encoder(encoder, tmp/'run/encoder.safetensors')
     test_eq(load_projection(tmp/'run')(torch.zeros(1, 3, 64, 64)).shape, (1, 128))
 
     marsclr_probe(['random', f'{tmp}/pack', '--to', f'{tmp}/probe', '--seed', '0'])

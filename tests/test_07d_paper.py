@@ -6,7 +6,7 @@ import numpy as np, pandas as pd
 from fastcore.basics import AttrDict, patch
 from matplotlib import pyplot as plt
 from scipy.stats import t as student
-from marsclr.core import MarsclrError, append_rows, data_root, read_json, whole
+from marsclr.core import MarsclrError, append_rows, data_root, one_line, read_json, whole
 from marsclr.encoders import create_encoder
 from marsclr.false_negatives import false_negative_rate, simulate
 from marsclr.linear_evaluation import probe
@@ -73,6 +73,10 @@ def test_what_is_missing():
     test_eq(missing(cells[cells.group == 'fig3'], read_cells(tmp/'fig3.csv')).method.tolist(), ['DCL'])
     with capture_output(): lab.run(cells)
     test_eq(read_cells(tmp/'fig3.csv').drop(columns=['features_s', 'probe_s']), table.drop(columns=['features_s', 'probe_s']))
+
+    for text,why in {'': 'cannot be read as a table of cells', 'a,b\n1,2\n': "no column 'method'"}.items():
+        (tmp/'other.csv').write_text(text)
+        with expect_fail(MarsclrError, why): read_cells(tmp/'other.csv')
 
     other = grid(dict(settings, pretrain=dict(tiny, epochs=2)), ['fig3'], ['MarsYard'])
     test_eq(missing(other, table).method.unique().tolist(), ['eq. 1', 'DCL'])

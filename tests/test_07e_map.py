@@ -11,6 +11,7 @@ from marsclr.clustering import feature_clusters
 from marsclr.core import MarsclrError, whole
 from marsclr.methods import Lab
 from marsclr.packing import Pack
+from marsclr.paper import config_of
 import shutil, tempfile
 from pathlib import Path
 from fastcore.test import *
@@ -85,7 +86,7 @@ def test_thumbnails_side_by_side():
 
 def test_from_the_laboratory():
     yard.table['domain'] = np.where(np.arange(300) < 200, 'near', 'far')
-    lab = Lab(dict(pool=yard), tmp, dict(pretrain=dict(backbone='resnet10t')))
+    lab = Lab(dict(pool=yard), tmp, dict(size=64, pretrain=dict(backbone='resnet10t')))
     map_args = dict(method='random weights', k=5, images=150)
     with capture_output() as out: files = draw_maps(lab, **map_args).split()
     test_eq([Path(o).name for o in files], ['fig8.csv', 'fig8-near.jpg', 'fig8-far.jpg'])
@@ -95,6 +96,7 @@ def test_from_the_laboratory():
     test_eq((draw_maps(lab, **map_args).split(), [Path(o).read_bytes() for o in files]), (files, before))
     out.stdout.splitlines()
 
+    with expect_fail(MarsclrError, 'is not of random weights, seed 43'): draw_maps(lab, 'random weights', 43)
     lab.packs['pool'] = yard.where(np.arange(50))
-    with expect_fail(MarsclrError, 'does not hold: remove the file'): draw_maps(lab)
+    with expect_fail(MarsclrError, 'does not hold: remove the file'): draw_maps(lab, **map_args)
     shutil.rmtree(tmp)

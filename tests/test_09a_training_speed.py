@@ -12,7 +12,7 @@ from marsclr.bench import bench_augment, bench_loss, compose, installed, machine
 from marsclr.clustering import kmeans
 from marsclr.core import MarsclrError, command, data_root, whole
 from marsclr.datasets import msl, rovers
-from marsclr.encoders import ContrastiveModel, create_encoder, encode, encode_to, fast_bf16, projection_head
+from marsclr.encoders import ContrastiveModel, create_encoder, encode, encode_to, fast_bf16, projection_head, width
 from marsclr.losses import NTXentLoss
 from marsclr.marsyard import marsyard, write_marsyard
 from marsclr.packing import Pack, load_pack, pack_archive

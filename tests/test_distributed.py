@@ -137,6 +137,8 @@ def one_process(number, w, port, work, folder):
     with joined(torch.device('cpu')):
         assert (world(), rank(), dist.get_backend()) == (w, number, 'gloo')
         work(str(folder))
+    if w > 1:
+        with joined(torch.device('cpu')): assert (world(), rank()) == (w, number)  # a second time, too
 
 
 def several(w, work, folder):
