@@ -48,7 +48,7 @@ def take_turns(
         tidy()
         return took
     names,rng = list(cases),np.random.default_rng(42)
-    def turn(): return {name: seconds(cases[name]) for name in rng.permutation(names)}
+    def turn(): return {name: seconds(cases[name]) for name in rng.permutation(names).tolist()}
     return pd.DataFrame([turn() for _ in range(warmup+rounds)][warmup:])[names]
 
 def summary(

@@ -21,6 +21,7 @@ def test_how_to_measure():
     turns = take_turns({'ours': lambda: time.sleep(.002), 'theirs': lambda: time.sleep(.006)}, 3, tidy=lambda: calls.append(time.sleep(.01)))
     test_eq(len(calls), 2*(1+3))
     table = summary(turns, 2)
+    test_eq([type(o) for o in table.case], [str, str])
     assert 1 <= table.median_ms[0] < 3 <= table.median_ms[1]
     assert 2 < table.times_ours[1] < 4
     table.round(2)

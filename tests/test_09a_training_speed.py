@@ -69,6 +69,11 @@ def test_from_the_command_line():
         turns = take_turns(pack_cases(archive, Path(folder), 64, 2), 2, tidy=lambda: shutil.rmtree(f'{folder}/pack', ignore_errors=True))
         print(summary(turns, 60).round(2).to_string())
 
+    small = bench_kmeans(1, n=3000, dim=16, k=5)
+    test_eq(small.squared_distances[small.case == 'marsclr (faiss)'].tolist(), [1])
+    assert small.squared_distances.between(.95, 1.05).all() and (small.peak_MiB > 0).all()
+    small[['case', 'images', 'clusters', 'median_ms', 'squared_distances', 'peak_MiB']].round(2)
+
     for line,message in (('gpu', "'gpu' is not known"), ('loss --rounds 0', '--rounds 0'), ('loss --to table.txt', 'ends in .csv'), ('loss --explain', '--explain goes with train')):
         with expect_fail(SystemExit, message): marsclr_bench(line.split())
 
