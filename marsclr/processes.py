@@ -16,7 +16,6 @@ import psutil, torch, torch.distributed as dist
 from accelerate import PartialState
 from accelerate.commands.config.config_args import default_config_file
 from accelerate.commands.launch import launch_command, launch_command_parser
-from accelerate.state import AcceleratorState
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from .core import MarsclrError, on_signal
@@ -37,6 +36,7 @@ def joined(
 ):
     "Work with the other processes of a launcher, if there are any, until the block ends"
     if int(os.environ.get('WORLD_SIZE', 1)) < 2 or dist.is_initialized(): yield; return
+    if PartialState._shared_state: raise MarsclrError('these processes have worked together once, and cannot a second time: start every step with a launcher of its own')
     PartialState(cpu=device.type == 'cpu', timeout=timedelta(hours=2))
     try: yield
     except RuntimeError as e:
@@ -45,7 +45,6 @@ def joined(
         time.sleep(30)
         raise
     dist.destroy_process_group()
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 # %% ../nbs/00d_processes.ipynb #593f067b
 def cause(

@@ -8,7 +8,6 @@ import psutil, torch, torch.distributed as dist
 from accelerate import PartialState
 from accelerate.commands.config.config_args import default_config_file
 from accelerate.commands.launch import launch_command, launch_command_parser
-from accelerate.state import AcceleratorState
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from marsclr.core import MarsclrError, on_signal
