@@ -168,11 +168,11 @@ def load_projection(
 ) -> ContrastiveModel: # encoder and head, images to projections
     "Encoder and projection head of a run, from its checkpoint"
     c,path = read_json(Path(run)/'config.json', 'backbone', 'projection_layers', 'projection_dim'),Path(run)/'checkpoint.pt'
-    if not (Path(run)/'encoder.safetensors').is_file(): raise MarsclrError(f'{run} holds no encoder.safetensors: is it a finished run of marsclr_pretrain?')
     encoder = create_encoder(c['backbone'])
     model = ContrastiveModel(encoder, projection_head(width(encoder), c['projection_layers'], c['projection_dim']))
     try: model.load_state_dict(load_checkpoint(path)['model'])
     except (RuntimeError, KeyError, TypeError) as e: raise MarsclrError(f'{path} is not a checkpoint of this run ({one_line(e)})') from e
+    if not (Path(run)/'encoder.safetensors').is_file(): raise MarsclrError(f'{run} holds no encoder.safetensors: is it a finished run of marsclr_pretrain?')
     return model.eval()
 
 # %% ../nbs/06_linear_evaluation.ipynb #d988090e
