@@ -136,8 +136,8 @@ def test_a_run_killed_before_its_encoder_was_written_writes_it(pack, alone, tmp_
 
 def test_half_a_checkpoint_that_a_killed_run_left_is_cleared_away(pack, alone, tmp_path):
     run = shutil.copytree(alone, tmp_path/'run', ignore=shutil.ignore_patterns('encoder*'))
-    (run/'.checkpoint.pt-abc').mkdir()
-    (run/'.checkpoint.pt-abc'/'checkpoint.pt').write_bytes(b'half')
+    (run/'.checkpoint.pt-abc1d_2e').mkdir()
+    (run/'.checkpoint.pt-abc1d_2e'/'checkpoint.pt').write_bytes(b'half')
     marsclr_pretrain([str(pack), str(run), *SMALL])
     assert {o.name for o in run.iterdir()} == KEPT
 
