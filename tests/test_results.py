@@ -33,6 +33,13 @@ def test_the_cells_are_those_of_the_preset_and_there_is_one_row_for_each(path):
     assert ((table.low <= table.accuracy) & (table.accuracy <= table.high)).all()
 
 
+def test_every_encoder_has_learned_something_of_mars_and_the_recommended_one_most():
+    cells = pd.concat(read_cells(results/f'laptop-msl/{o}.csv') for o in ('fig3', 'recommended'))
+    cells = cells[(cells.pack == 'MSL v2.1') & (cells.labels == 100) & ~cells.method.str.endswith('layer=all')]
+    mean = cells.groupby('method').val_accuracy.mean()
+    assert mean.idxmin() == 'random weights' and mean.idxmax().startswith('recommended')
+
+
 def test_the_map_has_25_clusters_of_each_domain_and_names_every_image_once():
     table = pd.read_csv(results/'laptop-msl/fig8.csv')
     assert table.path.is_unique and table.domain.value_counts().to_dict() == dict(curiosity=6835, perseverance=538)
