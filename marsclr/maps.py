@@ -146,12 +146,13 @@ def map_tables(
         print(f'fig8, {domain}: {len(rows)} images, {neighbours_kept(x[rows], tables[-1][["x", "y"]]):.0%} of the ten nearest neighbours kept', flush=True)
     return pd.concat(tables, ignore_index=True)
 
+# %% ../nbs/07e_map.ipynb #138904c4
 def is_map_of(
     table:pd.DataFrame, # fig8.csv
     **asked             # method, seed and config
-) -> np.ndarray: # (N,) bool
-    "Which rows are what is asked for"
-    return np.all([table[k].astype(str) == str(v) if k in table else np.zeros(len(table), bool) for k,v in asked.items()], axis=0)
+) -> bool:
+    "Are all rows of what is asked for?"
+    return all(k in table and (table[k].astype(str) == str(v)).all() for k,v in asked.items())
 
 def draw_maps(
     lab:Lab,
@@ -166,7 +167,7 @@ def draw_maps(
         table = map_tables(lab, method, seed, k, images).assign(**asked)
         with whole(path) as p: table.to_csv(p, index=False)
     table,made = pd.read_csv(path),[path]
-    if is_map_of(table, **asked).sum() != len(table): raise MarsclrError(f'{path} is not of {method}, seed {seed}, with these settings: remove the file, and it is made again')
+    if not is_map_of(table, **asked): raise MarsclrError(f'{path} is not of {method}, seed {seed}, with these settings: remove the file, and it is made again')
     rows = pd.Index(pool.table.path).get_indexer(table.path)
     if (rows < 0).any(): raise MarsclrError(f'{path} names {table.path[rows < 0].iloc[0]}, which {pool.name} does not hold: remove the file, and it is made again')
     for domain,t in table.groupby('domain', sort=False):

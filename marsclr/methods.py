@@ -48,6 +48,7 @@ recipes = {
     'natural only': dict(pool='natural'),
     'half and half': dict(pool='half'),
     'recommended': dict(loss='dcl', layer='all', pretrain=dict(epochs=36)),
+    'recommended + natural images': dict(loss='dcl', pool='with natural', layer='all', pretrain=dict(epochs=36)),
     'recommended + train images': dict(loss='dcl', pool='with train', layer='all', pretrain=dict(epochs=36))}
 
 # %% ../nbs/07c_methods.ipynb #35f14a87
@@ -96,16 +97,17 @@ def draw(
 
 @patch
 def pool(self:Lab,
-    name:str, # 'all', 'with train', 'mixed', 'curiosity', 'natural' or 'half'
+    name:str, # 'all', 'with natural', 'with train', 'mixed', 'curiosity', 'natural' or 'half'
     seed:int, # of the draws
 ) -> Pack:
-    "What a method learns from: as many images as what it is compared with"
+    "What a method learns from"
     pool,n,more = self.packs['pool'],self.settings['images'],self.settings['natural']
     if name == 'all': return pool
     if name == 'with train':
         labeled = next(v for k,v in self.packs.items() if k not in ('pool', 'natural'))
         return concat_packs(pool, labeled.where((labeled.table.split == 'train').to_numpy()))
     natural,curiosity = self.packs['natural'],pool.where((pool.table.domain == pool.table.domain[0]).to_numpy())
+    if name == 'with natural': return concat_packs(pool, natural)
     if name == 'mixed': return concat_packs(draw(pool, len(pool)-more, seed), draw(natural, more, seed))
     if name == 'curiosity': return draw(curiosity, n, seed)
     if name == 'natural': return draw(natural, n, seed)

@@ -276,7 +276,7 @@ def _left(asked, to, known):
         path = _table(name, to, known)
         if name != 'fig8' or not path.exists(): return missing(cells, read_cells(path))
         table = pd.read_csv(path)
-        return cells[[not is_map_of(table, **o).all() for o in cells[['method', 'seed', 'config']].to_dict('records')]]
+        return cells[[not is_map_of(table, **o) for o in cells[['method', 'seed', 'config']].to_dict('records')]]
     return pd.concat([left(*o) for o in asked.groupby('group', sort=False)])
 
 def _check_inputs(mixed, fractions):

@@ -49,9 +49,9 @@ def test_the_pools():
     tiny = dict(backbone='resnet10t', image_size=32, epochs=1, batch_size=16, warmup=2)
     settings = dict(pretrain=tiny, supervised=dict(tiny), k={'pixels + capture': 6, 'eq. 1 features': 6}, natural=30, images=40)
     lab = Lab(packs, tmp, settings)
-    names = 'all', 'mixed', 'curiosity', 'natural', 'half'
+    names = 'all', 'with natural', 'mixed', 'curiosity', 'natural', 'half'
     pools = {o: lab.pool(o, 42).table.domain.value_counts().to_dict() for o in names}
-    test_eq([sum(o.values()) for o in pools.values()], [96, 96, 40, 40, 40])
+    test_eq([sum(o.values()) for o in pools.values()], [96, 136, 96, 40, 40, 40])
     test_eq(pools['half']['leaves'], 20)
     test_ne(lab.pool('half', 42).fingerprint, lab.pool('half', 43).fingerprint)
     pools
