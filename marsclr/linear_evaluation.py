@@ -193,7 +193,7 @@ def marsclr_probe(
     to:str='',            # folder for the results, RUN/probe-PACK by default
     kind:str='logistic',  # logistic, linear (one layer, Adam), dense128 (a hidden layer of 128) or projection (logistic on the projections)
     size:int=0,           # side of the images, that of the pack by default
-    stages:bool=False,    # probe means and deviations of all stages' maps, not the pooled output of the last
+    stages:bool=False,    # probe means, deviations and covariances of all stages' maps, not the pooled output of the last
     backbone:str='resnet18', # for `random`: timm name
     seed:int=42,
 ):

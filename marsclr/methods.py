@@ -47,9 +47,9 @@ recipes = {
     'Curiosity only': dict(pool='curiosity'),
     'natural only': dict(pool='natural'),
     'half and half': dict(pool='half'),
-    'recommended': dict(loss='dcl', layer='all', pretrain=dict(epochs=36)),
-    'recommended + natural images': dict(loss='dcl', pool='with natural', layer='all', pretrain=dict(epochs=36)),
-    'recommended + train images': dict(loss='dcl', pool='with train', layer='all', pretrain=dict(epochs=36))}
+    'recommended': dict(loss='dcl', layer='covariances', pretrain=dict(epochs=36)),
+    'recommended + natural images': dict(loss='dcl', pool='with natural', layer='covariances', pretrain=dict(epochs=36)),
+    'recommended + train images': dict(loss='dcl', pool='with train', layer='covariances', pretrain=dict(epochs=36))}
 
 # %% ../nbs/07c_methods.ipynb #35f14a87
 changeable = {k: p.annotation for k,p in signature(pretrain).parameters.items() if k not in ('pack', 'run', 'loss', 'clusters', 'seed', 'save_every', 'knn', 'device')}
@@ -237,10 +237,12 @@ def features(self:Lab,
     "Features of a labeled pack, from the encoder of a method; both are made if they are not there"
     run = self.train(method, seed, pack)
     weights = [digest(run/'encoder.safetensors')[:12]] if run else []
-    path = self.to/'features'/f'{run_name(method, pack.fingerprint, f"seed{seed}", *weights)}.npy'
+    layer = recipe_of(method).get('layer')
+    path = self.to/'features'/f'{run_name(encoder_of(method), *([layer] if layer else []), pack.fingerprint, f"seed{seed}", *weights)}.npy'
     if not path.exists():
         torch.manual_seed(seed)
-        encoder,layer = load_encoder(run) if run else create_encoder(self.settings['pretrain']['backbone']),recipe_of(method).get('layer')
-        if layer: encoder = Stages(encoder) if layer == 'all' else Stages(encoder, [layer], spread=False)
+        encoder = load_encoder(run) if run else create_encoder(self.settings['pretrain']['backbone'])
+        if layer in ('all', 'covariances'): encoder = Stages(encoder, directions=48*(layer == 'covariances'))
+        elif layer: encoder = Stages(encoder, [layer], spread=False, directions=0)
         with whole(path) as p: np.save(p, encode(encoder, pack).numpy())
     return np.load(path), run

@@ -76,12 +76,18 @@ def test_a_backbone_by_its_timm_name():
 def test_features_of_every_stage():
     for name in ('resnet10t', 'mobilenetv3_small_050', 'lcnet_050'): test_eq(create_encoder(name).eval()(torch.zeros(1, 3, 64, 64)).shape[1], width(create_encoder(name)))
 
-    stages = Stages(encoder.eval())
-    test_eq(stages.num_features, 2*(64+128+256+512))
+    wave,folded = torch.arange(8.),torch.tensor([1., -1, -1, 1, 1, -1, -1, 1])
+    four = torch.stack([wave, 2*wave, -wave, folded])[None, :, None]
+    first = covariances(four, torch.eye(4))[0, :4]
+    test_close(first, torch.tensor([5.25, 10.5, -5.25, 0]).sign()*torch.tensor([5.25, 10.5, 5.25, 0])**.5, eps=1e-5)
+    first
+
+    plain,stages = Stages(encoder.eval(), directions=0),Stages(encoder)
+    test_eq((plain.num_features, stages.num_features), (2*(64+128+256+512), 1920 + 4*48*49//2))
     with torch.no_grad():
-        test_close(stages(images)[:, -1024:-512], encoder(images), eps=1e-4)
-        test_eq(stages(images).shape, (4, 1920))
-        test_eq(Stages(encoder, ['layer3'], spread=False)(images).shape, (4, 256))
+        test_close(plain(images)[:, -1024:-512], encoder(images), eps=1e-4)
+        test_eq((plain(images).shape, stages(images).shape), ((4, 1920), (4, 6624)))
+        test_eq(Stages(encoder, ['layer3'], spread=False, directions=0)(images).shape, (4, 256))
     with expect_fail(MarsclrError, "stage 'layer9' is not known: choose from act1 layer1"): Stages(encoder, ['layer9'])
     with expect_fail(MarsclrError, 'Sequential cannot be taken apart'): Stages(nn.Sequential())
 
