@@ -91,8 +91,8 @@ def test_from_a_method_to_an_encoder():
     test_eq(read_json(made['DCL']/'made.json'), dict(commit='given', cpu_seconds=None))
     with capture_output(): x,run = lab.features('DCL', 42, yard)
     test_eq((x.shape, run), ((160, 512), made['DCL']))
-    with capture_output(): x,_ = lab.features('recommended + train images, epochs=2', 42, yard)
-    test_eq(x.shape, (160, 2*(64+128+256+512)))
+    with capture_output(): x,y = (lab.features(f'recommended + train images, epochs=2{o}', 42, yard)[0] for o in ('', ', layer=all'))
+    test_eq((x.shape, y.shape), ((160, 1920 + 4*48*49//2), (160, 2*(64+128+256+512))))
     test_eq(lab.features('random weights', 42, yard)[0], lab.features('random weights', 42, yard)[0])
 
     with capture_output(): run = lab.train('DCL, temperature=0.2, epochs=2', 42)
