@@ -19,6 +19,7 @@ from marsclr.packing import Pack, load_pack, pack_archive
 from marsclr.training import adam, contrastive_learner
 from PIL import Image, ImageOps
 from torchvision import transforms
+import os, re, subprocess, sys
 from fastcore.test import *
 from marsclr.bench_training import *
 
