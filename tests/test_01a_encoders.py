@@ -72,10 +72,10 @@ def test_a_backbone_by_its_timm_name():
     test_close(millions['resnet50'], 23.5, eps=.05)
     pd.Series(millions, name='million parameters').round(1)
 
-
-def test_features_of_every_stage():
     for name in ('resnet10t', 'mobilenetv3_small_050', 'lcnet_050'): test_eq(create_encoder(name).eval()(torch.zeros(1, 3, 64, 64)).shape[1], width(create_encoder(name)))
 
+
+def test_features_of_every_stage():
     wave,folded = torch.arange(8.),torch.tensor([1., -1, -1, 1, 1, -1, -1, 1])
     four = torch.stack([wave, 2*wave, -wave, folded])[None, :, None]
     first = covariances(four, torch.eye(4))[0, :4]
