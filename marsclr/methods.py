@@ -242,7 +242,7 @@ def features(self:Lab,
     if not path.exists():
         torch.manual_seed(seed)
         encoder = load_encoder(run) if run else create_encoder(self.settings['pretrain']['backbone'])
-        if layer in ('all', 'covariances'): encoder = Stages(encoder, directions=48*(layer == 'covariances'))
-        elif layer: encoder = Stages(encoder, [layer], spread=False, directions=0)
+        if layer == 'covariances': encoder = Stages(encoder)
+        elif layer: encoder = Stages(encoder, directions=0) if layer == 'all' else Stages(encoder, [layer], spread=False, directions=0)
         with whole(path) as p: np.save(p, encode(encoder, pack).numpy())
     return np.load(path), run
