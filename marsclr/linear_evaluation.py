@@ -23,6 +23,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import ConfusionMatrixDisplay, confusion_matrix, f1_score, log_loss, precision_recall_fscore_support
 from sklearn.preprocessing import StandardScaler
 from torch import nn
+from torch.nn.functional import cross_entropy
 from torch.utils.data import TensorDataset
 from .core import MarsclrError, command, one_line, read_json, whole, write_json
 from .encoders import ContrastiveModel, Stages, create_encoder, encode, load_encoder, pick_device, projection_head, width
@@ -36,7 +37,7 @@ def fit_logistic(
     x:dict, # 'train' and 'val' features, (N, D)
     y:dict, # 'train' and 'val' labels, (N,)
     cs=(1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1), # candidates for C
-): # a function from features to predicted labels, and the C it has
+): # a function from features to predicted labels; the C it has; the log-loss on val, nats an image
     "Multinomial logistic regression on standardised features, C chosen by the log-loss on val"
     scale = StandardScaler().fit(x['train'])
     xs = {k: scale.transform(v) for k,v in x.items()}
@@ -44,17 +45,17 @@ def fit_logistic(
     known = np.isin(y['val'], models[0].classes_)
     loss = [log_loss(y['val'][known], m.predict_proba(xs['val'][known]), labels=m.classes_) for m in models]
     best = models[int(np.argmin(loss))]
-    return lambda o: best.predict(scale.transform(o)), best.C
+    return lambda o: best.predict(scale.transform(o)), best.C, float(min(loss))
 
 # %% ../nbs/06_linear_evaluation.ipynb #2a9d0b7e
 def fit_layers(
-    x:dict,       # 'train' features, (N, D)
-    y:dict,       # 'train' labels, (N,)
+    x:dict,       # 'train' and 'val' features, (N, D)
+    y:dict,       # 'train' and 'val' labels, (N,)
     hidden:int=0, # neurons of a layer between; 0: a single linear layer
     epochs:int=100,
     lr:float=3e-4,
     seed:int=42, # of the initial weights and of the order
-): # a function from features to predicted labels, and the epochs
+): # a function from features to predicted labels; the epochs; the log-loss on val, nats an image
     "One or two dense layers on standardised features, trained with Adam"
     torch.manual_seed(seed)
     scale = StandardScaler().fit(x['train'])
@@ -68,8 +69,10 @@ def fit_layers(
     learn = Learner(dls, model, CrossEntropyLossFlat(), opt_func=adam, lr=lr)
     with learn.no_bar(), learn.no_logging(): learn.fit(epochs)
     @torch.no_grad()
-    def predict(o): return model.eval()(tensor(o)).argmax(1).numpy()
-    return predict, epochs
+    def scores(o): return model.eval()(tensor(o))
+    known = np.isin(y['val'], y['train'])
+    loss = cross_entropy(scores(x['val'][known]), torch.tensor(y['val'][known]))
+    return lambda o: scores(o).argmax(1).numpy(), epochs, loss.item()
 
 # %% ../nbs/06_linear_evaluation.ipynb #01a983b3
 @dataclass
@@ -80,6 +83,7 @@ class ProbeResult:
     classes:list         # class names by label
     setting:float        # C, chosen on val; or the epochs, fixed
     val_accuracy:float   # accuracy on val, in [0, 1]
+    val_loss:float       # log-loss on val, nats an image; images of classes that train has not are left out
 
     @property
     def accuracy(self): return float((self.truth == self.predicted).mean())
@@ -102,7 +106,7 @@ class ProbeResult:
         "The figures of one row of a table"
         low,high = self.interval()
         return dict(accuracy=self.accuracy, low=low, high=high, balanced_accuracy=self.balanced_accuracy, macro_f1=self.macro_f1,
-                    val_accuracy=self.val_accuracy, setting=self.setting, images=len(self.truth))
+                    val_accuracy=self.val_accuracy, val_loss=self.val_loss, setting=self.setting, images=len(self.truth))
 
 # %% ../nbs/06_linear_evaluation.ipynb #750e982f
 def recall_of(
@@ -158,9 +162,9 @@ def probe(
     rows = check_probe(table, kind)
     x,y = ({s: np.asarray(o)[r] for s,r in rows.items()} for o in (features, table.label))
     if not all(np.isfinite(o).all() for o in x.values()): raise MarsclrError('features hold NaN or infinity: the encoder has diverged')
-    if kind in ('logistic', 'projection'): predict,setting = fit_logistic(x, y)
-    else: predict,setting = fit_layers(x, y, 128 if kind == 'dense128' else 0, seed=seed)
-    return ProbeResult(y['test'], predict(x['test']), classes, setting, float((predict(x['val']) == y['val']).mean()))
+    if kind in ('logistic', 'projection'): predict,setting,loss = fit_logistic(x, y)
+    else: predict,setting,loss = fit_layers(x, y, 128 if kind == 'dense128' else 0, seed=seed)
+    return ProbeResult(y['test'], predict(x['test']), classes, setting, float((predict(x['val']) == y['val']).mean()), loss)
 
 # %% ../nbs/06_linear_evaluation.ipynb #ff236b93
 def load_projection(

@@ -15,6 +15,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import ConfusionMatrixDisplay, confusion_matrix, f1_score, log_loss, precision_recall_fscore_support
 from sklearn.preprocessing import StandardScaler
 from torch import nn
+from torch.nn.functional import cross_entropy
 from torch.utils.data import TensorDataset
 from marsclr.core import MarsclrError, command, one_line, read_json, whole, write_json
 from marsclr.encoders import ContrastiveModel, Stages, create_encoder, encode, load_encoder, pick_device, projection_head, width
@@ -44,13 +45,13 @@ def test_features_once():
 
 
 def test_what_the_number_hides():
-    four = ProbeResult(np.array([0, 0, 0, 1]), np.array([0, 0, 1, 1]), ['sand', 'rock'], 0, 0)
+    four = ProbeResult(np.array([0, 0, 0, 1]), np.array([0, 0, 1, 1]), ['sand', 'rock'], 0, 0, 0)
     test_eq(four.accuracy, .75)
     test_close(four.balanced_accuracy, (2/3+1)/2)
     test_close(four.macro_f1, (.8+2/3)/2)
     four.per_class()
 
-    hits = ProbeResult(np.zeros(600, int), np.repeat([0, 1], [360, 240]), ['a', 'b'], 0, 0)
+    hits = ProbeResult(np.zeros(600, int), np.repeat([0, 1], [360, 240]), ['a', 'b'], 0, 0, 0)
     test_close(hits.interval(), (.561, .639), eps=.005)
     hits.interval()
 
@@ -68,8 +69,10 @@ def test_from_features_to_a_result():
     shuffled = pack.table.assign(label=np.random.default_rng(0).permutation(pack.table.label))
     guess = probe(features, shuffled, pack.classes)
     assert guess.interval()[0] < .15
+    assert result.val_loss < guess.val_loss
+    test_close(guess.val_loss, np.log(10), eps=.1)
     with expect_fail(MarsclrError, 'no labeled val images'): probe(features, pack.table.assign(split='train'), pack.classes)
-    guess.accuracy
+    guess.accuracy, guess.val_loss
 
 
 def test_from_the_command_line():
