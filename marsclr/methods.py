@@ -47,9 +47,9 @@ recipes = {
     'Curiosity only': dict(pool='curiosity'),
     'natural only': dict(pool='natural'),
     'half and half': dict(pool='half'),
-    'recommended': dict(loss='dcl', layer='covariances', pretrain=dict(epochs=36)),
-    'recommended + natural images': dict(loss='dcl', pool='with natural', layer='covariances', pretrain=dict(epochs=36)),
-    'recommended + train images': dict(loss='dcl', pool='with train', layer='covariances', pretrain=dict(epochs=36))}
+    'DCL + natural images': dict(loss='dcl', pool='with natural'),
+    'DCL + train images': dict(loss='dcl', pool='with train'),
+    'recommended': dict(loss='dcl', pool='with train', layer='covariances', pretrain=dict(epochs=72))}
 
 # %% ../nbs/07c_methods.ipynb #35f14a87
 changeable = {k: p.annotation for k,p in signature(pretrain).parameters.items() if k not in ('pack', 'run', 'loss', 'clusters', 'seed', 'save_every', 'knn', 'device')}

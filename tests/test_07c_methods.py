@@ -74,12 +74,12 @@ def test_supervised_from_scratch():
 
 
 def test_from_a_method_to_an_encoder():
-    kinds = 'random weights', 'supervised from scratch', 'eq. 1', 'DCL', 'half and half', 'eq. 2, pixels + capture', 'attraction, pixels + capture', 'eq. 2, true classes', 'recommended + train images, epochs=2'
+    kinds = 'random weights', 'supervised from scratch', 'eq. 1', 'DCL', 'half and half', 'eq. 2, pixels + capture', 'attraction, pixels + capture', 'eq. 2, true classes', 'recommended, epochs=2'
     with capture_output(): made = {o: lab.train(o, 42, yard) for o in kinds}
     config = {o: read_json(r/'config.json') for o,r in made.items() if r}
     test_eq(made['random weights'], None)
     test_eq([c['loss'] for c in config.values()], ['supervised', 'ntxent', 'dcl', 'ntxent', 'cluster_aware', 'attraction', 'cluster_aware', 'dcl'])
-    test_eq(config['recommended + train images, epochs=2']['images'], len(lab.packs['pool']) + (yard.table.split == 'train').sum())
+    test_eq(config['recommended, epochs=2']['images'], len(lab.packs['pool']) + (yard.table.split == 'train').sum())
     test_eq([config[o]['epochs'] for o in ('eq. 1', 'half and half')], [1, 2])
     test_eq(config['eq. 2, pixels + capture']['clusters_fingerprint'], config['attraction, pixels + capture']['clusters_fingerprint'])
     {o: c['clusters'] for o,c in config.items() if c.get('clusters')}
@@ -91,7 +91,7 @@ def test_from_a_method_to_an_encoder():
     test_eq(read_json(made['DCL']/'made.json'), dict(commit='given', cpu_seconds=None))
     with capture_output(): x,run = lab.features('DCL', 42, yard)
     test_eq((x.shape, run), ((160, 512), made['DCL']))
-    with capture_output(): x,y = (lab.features(f'recommended + train images, epochs=2{o}', 42, yard)[0] for o in ('', ', layer=all'))
+    with capture_output(): x,y = (lab.features(f'recommended, epochs=2{o}', 42, yard)[0] for o in ('', ', layer=all'))
     test_eq((x.shape, y.shape), ((160, 1920 + 4*48*49//2), (160, 2*(64+128+256+512))))
     test_eq(lab.features('random weights', 42, yard)[0], lab.features('random weights', 42, yard)[0])
 
