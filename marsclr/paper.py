@@ -35,7 +35,7 @@ groups = dict(
     ablations={o: [42] for o in ('eq. 1', *(f'eq. 1, {o}' for o in (
         'temperature=0.1', 'temperature=0.5', 'crop_max=1', 'colour_strength=0', 'colour_strength=1', 'batch_size=128', 'epochs=24', 'image_size=96', 'projection_layers=1',
         'layer=layer2', 'layer=layer3', 'layer=all')), 'eq. 2, pixels + capture', 'eq. 2, pixels + capture, refresh=2')},
-    recommended={'recommended': _two, 'DCL, epochs=36, layer=covariances': _two, 'DCL, epochs=36, layer=all': _two} | {o: [42] for o in (
+    recommended={'recommended': _three, 'DCL, epochs=36, layer=covariances': _two, 'DCL, epochs=36, layer=all': _two} | {o: [42] for o in (
         'DCL + train images, epochs=36, layer=covariances', 'DCL + natural images, epochs=36, layer=covariances', 'DCL, epochs=36, backbone=resnet50, layer=covariances', 'recommended, layer=all',
         'DCL + train images, epochs=36, layer=all', 'DCL, epochs=36, backbone=resnet50, layer=all', 'DCL, layer=all', 'random weights, layer=covariances', 'random weights, layer=all')})
 
