@@ -291,7 +291,7 @@ def _cells(data, to, settings, only='', known='', dry_run=False, **kwargs):
     left = unpaid = _left(asked, to, known)
     for o in names: unpaid = missing(unpaid, read_cells(_table(o, to, known)))
     bill = price(unpaid, settings, to)
-    if dry_run: return f'{bill.to_string(index=False)}\ncells missing: {len(unpaid)}, about {bill.minutes.sum()/60:.1f} hours'
+    if dry_run: return (f'{bill.to_string(index=False)}\n' if len(bill) else '') + f'cells missing: {len(unpaid)}, about {bill.minutes.sum()/60:.1f} hours'
     mixed = asked.method.map(lambda o: recipe_of(o).get('pool') not in (None, 'with train')).any()
     if data == 'msl': _check_inputs(mixed and not (to/'natural.pack').exists(), ((unpaid.labels < 100) & unpaid['pack'].str.startswith('MSL')).any())
     with open_folder(to, data, settings, **kwargs):
