@@ -35,12 +35,12 @@ def pick_device(
 # %% ../nbs/01a_encoders.ipynb #9e49a0de
 def fast_bf16(
     device, # 'cpu', 'cuda', ...
-) -> bool: # a CPU without takes many times as long as in float32
-    "Does a device have instructions for bfloat16, and torch kernels that use them?"
+) -> bool: # a CPU without matrix units takes longer than in float32
+    "Does a device have matrix units for bfloat16, and torch kernels that use them?"
     kind,cpu = torch.device(device).type,Path('/proc/cpuinfo')
     if kind == 'cuda': return torch.cuda.get_device_capability(device) >= (8, 0)
     if kind != 'cpu': return True
-    known = not cpu.exists() or re.search(r'\b(avx512_|amx_)?bf16\b', cpu.read_text()) is not None
+    known = not cpu.exists() or re.search(r'\b(amx_)?bf16\b', cpu.read_text()) is not None
     return known and torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 # %% ../nbs/01a_encoders.ipynb #bf37ee6f

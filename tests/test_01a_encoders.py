@@ -35,7 +35,7 @@ def test_the_device():
         return min(once() for _ in range(5))
 
     ms = {str(o): round(forward_ms(o), 1) for o in (torch.float32, torch.bfloat16)}
-    assert fast_bf16('cpu') or ms['torch.bfloat16'] > 2*ms['torch.float32']
+    assert not fast_bf16('cpu') or ms['torch.bfloat16'] < ms['torch.float32']
     ms | dict(fast_bf16=fast_bf16('cpu'))
 
 

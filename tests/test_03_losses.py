@@ -13,7 +13,7 @@ from marsclr.losses import *
 
 
 def test_the_same_as_a_matrix():
-    global clusters, eq1, eq2, ids, z
+    global by_hand, cluster_aware, clusters, eq1, ids, z
     ids = torch.tensor([0, 1, 2, 0, 1, 2])
     clusters = torch.tensor([0, 1, 0, 0, 1, 0])
     same_image = ids[:,None] == ids
@@ -23,30 +23,40 @@ def test_the_same_as_a_matrix():
     def draw(ax, positive, negative, title):
         ax.imshow(negative.int() - positive.int(), cmap='RdYlGn_r', vmin=-1.4, vmax=1.4)
         for i in range(6):
-            for j in range(6): ax.text(j, i, '+' if positive[i,j] else '−' if negative[i,j] else '', ha='center', va='center')
+            for j in range(6):
+                ax.text(j, i, '+' if positive[i,j] else '−' if negative[i,j] else '', ha='center', va='center')
         ax.set_title(title, fontsize=8)
-        ax.set(xticks=range(6), yticks=range(6), xticklabels=(ids+1).tolist(), yticklabels=(ids+1).tolist(), xlabel='view of image', ylabel='anchor, view of image')
+        names = (ids+1).tolist()
+        ax.set(xticks=range(6), yticks=range(6), xticklabels=names, yticklabels=names)
+        ax.set(xlabel='view of image', ylabel='anchor, view of image')
 
     fig,axs = plt.subplots(1, 3, figsize=(8, 2.8), dpi=70, layout='constrained')
     draw(axs[0], same_image & ~itself, ~same_image, 'eq. 1: images 1 and 3 are negatives')
-    draw(axs[1], same_image & ~itself, ~same_cluster, 'eq. 2: they are left out')
-    draw(axs[2], same_cluster & ~itself, ~same_cluster, "section 4.2's text: they are positives")
+    draw(axs[1], same_image & ~itself, ~same_cluster, 'view positives: they are left out')
+    draw(axs[2], same_cluster & ~itself, ~same_cluster, 'cluster-aware: they are positives')
 
     def by_hand(z, positive, below, temperature):
-        "Mean over an anchor's positives, then over anchors; `below(i, j)` lists the views in the denominator"
+        "Mean over an anchor's positives, then over anchors; `below[i]` marks the views in i's denominator"
         z = z/z.norm(dim=1, keepdim=True)
         s = (z @ z.T/temperature).exp()
-        return torch.stack([torch.stack([-(s[i,j]/s[i,below(i, j)].sum()).log() for j in np.flatnonzero(positive[i])]).mean() for i in range(len(z))]).mean()
+        of_anchors = []
+        for i in range(len(z)):
+            pairs = [-(s[i,j]/s[i,below[i]].sum()).log() for j in np.flatnonzero(positive[i])]
+            of_anchors.append(torch.stack(pairs).mean())
+        return torch.stack(of_anchors).mean()
 
     torch.manual_seed(0)
     z = torch.randn(6, 8, dtype=torch.float64)
-    eq1 = by_hand(z, same_image & ~itself, lambda i,j: ~itself[i], .5)
-    eq2 = by_hand(z, same_image & ~itself, lambda i,j: ~same_cluster[i], .5)
-    eq1, eq2
+    eq1 = by_hand(z, same_image & ~itself, ~itself, .5)
+    cluster_aware = by_hand(z, same_cluster & ~itself, ~same_cluster, .5)
+    view_positives = by_hand(z, same_image & ~itself, ~same_cluster, .5)
+    eq1, cluster_aware, view_positives
 
     unit = torch.nn.functional.normalize(z, dim=1)
-    test_close(anchor_losses(unit/.5, unit, slice(None), ids, None, 'view', 'view', True)[0]/6, eq1)
-    test_close(anchor_losses(unit/.5, unit, slice(None), ids, clusters, 'view', 'cluster', False)[0]/6, eq2)
+    def of_views(*switches): return anchor_losses(unit/.5, unit, slice(None), ids, clusters, *switches)[0]/6
+    test_close(of_views('view', 'view', True), eq1, eps=1e-12)
+    test_close(of_views('cluster', 'cluster', False), cluster_aware, eps=1e-12)
+    test_close(of_views('view', 'cluster', False), view_positives, eps=1e-12)
 
     rng = torch.Generator().manual_seed(0)
     s,below = torch.randn(40, 60, generator=rng),torch.randn(40, generator=rng)
@@ -55,21 +65,22 @@ def test_the_same_as_a_matrix():
     for pair in (lambda b,a: b-a, lambda b,a: torch.logaddexp(b, a)-a): test_close(listed(s, below, positive, pair), masked(s, below, positive, pair), eps=1e-4)
 
     nowhere = [o.to('meta') for o in (unit, ids, clusters)]
-    for loss in (('view', 'view', True), ('view', 'cluster', False), ('view', 'cluster', True), ('cluster', 'view', True)):
+    for loss in (('view', 'view', True), ('view', 'cluster', False), ('view', 'cluster', True), ('cluster', 'view', True), ('cluster', 'cluster', False)):
         test_eq(anchor_losses(nowhere[0], nowhere[0], slice(None), *nowhere[1:], *loss)[0].shape, ())
 
 
 def test_in_tiles():
-    test_close(contrastive_loss(z, ids)[0], eq1)
-    test_close(contrastive_loss(z, ids, clusters, negatives='cluster', positive_below=False)[0], eq2)
+    test_close(contrastive_loss(z, ids)[0], eq1, eps=1e-12)
+    of_clusters = contrastive_loss(z, ids, clusters, .5, 'cluster', 'cluster', False)[0]
+    test_close(of_clusters, cluster_aware, eps=1e-12)
 
-    def value_and_gradient(tile):
+    def of_tile(tile):
         zs = torch.randn(40, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
         value,_ = contrastive_loss(zs, torch.arange(20).repeat(2), tile=tile)
         value.backward()
         return torch.cat([value.detach()[None], zs.grad.flatten()])
 
-    for tile in (1, 7, 39): torch.testing.assert_close(value_and_gradient(tile), value_and_gradient(40), rtol=0, atol=1e-15)
+    for tile in (1, 7, 39): torch.testing.assert_close(of_tile(tile), of_tile(40), rtol=0, atol=1e-15)
 
     halves = [contrastive_loss(z, ids, anchors=slice(i, i+3))[0] for i in (0, 3)]
     test_close(sum(halves)/2, eq1)
@@ -94,14 +105,31 @@ def test_against_other_implementations():
         torch.testing.assert_close(AttractionLoss(t)(z, ids, clusters), SupConLoss(t)(z, clusters), **same)
 
     equal = (torch.arange(32) % 8).repeat(2)
-    eliminate = partial(ContrastiveLoss, positives='cluster', negatives='cluster', positive_below=True)
-    for t in (.05, .5, 1.): torch.testing.assert_close(eliminate(t)(z, ids, equal), LabelNTXent(t)(z, equal), **same)
+    below_too = partial(ContrastiveLoss, positives='cluster', negatives='cluster', positive_below=True)
+    for t in (.05, .5, 1.): torch.testing.assert_close(below_too(t)(z, ids, equal), LabelNTXent(t)(z, equal), **same)
+
+    def value_and_gradient(loss, z):
+        z = z.clone().requires_grad_()
+        value = loss(z)
+        value.backward()
+        return torch.cat([value.detach()[None], z.grad.flatten()])
+
+    many,big = torch.arange(64).repeat(2), torch.tensor([0, 0, 1, 2]*16).repeat(2)
+    big_z = torch.randn(128, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    mates = big[:,None] == big
+    loop = value_and_gradient(lambda o: by_hand(o, mates & ~torch.eye(128, dtype=torch.bool), ~mates, .2), big_z)
+    for tile in (None, 1, 50):
+        tiled = value_and_gradient(lambda o: contrastive_loss(o, many, big, .2, 'cluster', 'cluster', False, tile=tile)[0], big_z)
+        torch.testing.assert_close(tiled, loop, rtol=0, atol=1e-9)
+    torch.testing.assert_close(value_and_gradient(lambda o: ClusterAwareLoss(.2)(o, many, big), big_z), loop, rtol=0, atol=1e-9)
+    f'{mates.sum(1).min()-1} to {mates.sum(1).max()-1} positives an anchor, loss {loop[0]:.4f}'
 
 
 def test_limits_that_must_hold():
     singletons = ids
     test_close(EliminationLoss(.5)(z, ids, singletons), NTXentLoss(.5)(z, ids), eps=1e-12)
     test_close(ClusterAwareLoss(.5)(z, ids, singletons), DCLLoss(.5)(z, ids), eps=1e-12)
+    test_close(ViewPositivesLoss(.5)(z, ids, singletons), DCLLoss(.5)(z, ids), eps=1e-12)
     test_close(AttractionLoss(.5)(z, ids, singletons), NTXentLoss(.5)(z, ids), eps=1e-12)
     assert (NTXentLoss(.5)(z, ids) - DCLLoss(.5)(z, ids)).abs() > 1e-3
 
