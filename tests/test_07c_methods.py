@@ -33,10 +33,12 @@ from marsclr.methods import *
 
 def test_recipes():
     test_eq(recipe_of('eq. 1'), {})
-    test_eq(recipe_of('eq. 2, pixels + capture, K=50'), dict(loss='cluster_aware', clusters='pixels + capture', k=50))
+    test_eq(recipe_of('cluster-aware, pixels + capture, K=50'), dict(loss='cluster_aware', clusters='pixels + capture', k=50))
+    view_positives = recipe_of('eq. 2, view positives, capture')
+    test_eq(view_positives, dict(loss='view_positives', clusters='capture'))
     test_eq(recipe_of('DCL, temperature=0.5, epochs=24, layer=layer3'), dict(loss='dcl', layer='layer3', pretrain=dict(temperature=.5, epochs=24)))
     test_eq(encoder_of('DCL, layer=layer3, epochs=24'), 'DCL, epochs=24')
-    for bad,why in {'SwAV': "method 'SwAV' is not known", 'eq. 1, depth=18': 'choose from refresh backbone image_size', 'eq. 1, epochs=2.5': 'not of type int', 'eq. 1, K=5': 'leave K out', 'eq. 2, capture, K=5': 'leave K out',
+    for bad,why in {'SwAV': "method 'SwAV' is not known", 'eq. 1, depth=18': 'choose from refresh backbone image_size', 'eq. 1, epochs=2.5': 'not of type int', 'eq. 1, K=5': 'leave K out', 'cluster-aware, capture, K=5': 'leave K out',
                     'random weights, epochs=2': 'leave epochs out'}.items():
         with expect_fail(MarsclrError, why): recipe_of(bad)
 
@@ -74,14 +76,14 @@ def test_supervised_from_scratch():
 
 
 def test_from_a_method_to_an_encoder():
-    kinds = 'random weights', 'supervised from scratch', 'eq. 1', 'DCL', 'half and half', 'eq. 2, pixels + capture', 'attraction, pixels + capture', 'eq. 2, true classes', 'recommended, epochs=2'
+    kinds = 'random weights', 'supervised from scratch', 'eq. 1', 'DCL', 'half and half', 'cluster-aware, pixels + capture', 'attraction, pixels + capture', 'cluster-aware, true classes', 'recommended, epochs=2'
     with capture_output(): made = {o: lab.train(o, 42, yard) for o in kinds}
     config = {o: read_json(r/'config.json') for o,r in made.items() if r}
     test_eq(made['random weights'], None)
     test_eq([c['loss'] for c in config.values()], ['supervised', 'ntxent', 'dcl', 'ntxent', 'cluster_aware', 'attraction', 'cluster_aware', 'dcl'])
     test_eq(config['recommended, epochs=2']['images'], len(lab.packs['pool']) + (yard.table.split == 'train').sum())
     test_eq([config[o]['epochs'] for o in ('eq. 1', 'half and half')], [1, 2])
-    test_eq(config['eq. 2, pixels + capture']['clusters_fingerprint'], config['attraction, pixels + capture']['clusters_fingerprint'])
+    test_eq(config['cluster-aware, pixels + capture']['clusters_fingerprint'], config['attraction, pixels + capture']['clusters_fingerprint'])
     {o: c['clusters'] for o,c in config.items() if c.get('clusters')}
 
     before = (made['DCL']/'encoder.safetensors').stat().st_mtime
