@@ -62,7 +62,8 @@ def leaves_pack(
         return pack_archive(image_folder(folder, 'leaves'), path, size)
 
 # %% ../nbs/07b_homogeneity.ipynb #b60b99d1
-methods = ('eq. 1', 'DCL', 'eq. 2, found clusters', 'eq. 2, true classes', 'mixed with leaves')
+methods = ('eq. 1', 'DCL', 'eq. 2, view positives, found clusters', 'eq. 2, view positives, true classes',
+           'mixed with leaves')
 
 def train(
     method:str,    # one of `methods`
@@ -73,12 +74,12 @@ def train(
     def run(name, pack='pool', **kwargs): return load_encoder(pretrain(','.join(str(work/f'{o}.pack') for o in pack.split()), str(work/name), **settings, **kwargs))
     def with_clusters(name, found):
         found.save(work/f'{name}.npz')
-        return run(name, loss='cluster_aware', clusters=str(work/f'{name}.npz')), found.k
+        return run(name, loss='view_positives', clusters=str(work/f'{name}.npz')), found.k
     pool = load_pack(work/'pool.pack')
     if method == 'eq. 1': return run('eq1'), len(pool)
     if method == 'DCL': return run('dcl', loss='dcl'), len(pool)
     if method == 'mixed with leaves': return run('mixed', 'half leaves'), len(pool)
-    if method == 'eq. 2, true classes': return with_clusters('true', label_clusters(pool))
+    if method == 'eq. 2, view positives, true classes': return with_clusters('true', label_clusters(pool))
     x = torch.nn.functional.normalize(encode(run('eq1'), pool), dim=1)
     return with_clusters('found', feature_clusters(x, pool, choose_k(x.numpy(), seed=settings['seed']), settings['seed']))
 
@@ -111,7 +112,7 @@ def rate_left(
     if method == 'mixed with leaves':
         half = load_pack(work/'half.pack').table.label.to_numpy()
         label = np.concatenate([half, label.max()+1+np.arange(len(pool)-len(half))])
-    if method.startswith('eq. 2'): ids = load_clusters(work/f'{method.split()[2]}.npz', pool).ids
+    if method.startswith('eq. 2'): ids = load_clusters(work/f'{method.split()[-2]}.npz', pool).ids
     return pair_quality(ids, label)['false_negatives_after']
 
 # %% ../nbs/07b_homogeneity.ipynb #5f435cf6

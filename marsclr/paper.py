@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['groups', 'key', 'paper_says', 'grid', 'config_of', 'draw_labels', 'weights', 'run_facts', 'read_cells', 'missing',
-           'price', 'half_width', 'pm', 'less', 'summary', 'method_figure', 'labels_figure', 'clusters_figure',
+           'told', 'price', 'half_width', 'pm', 'less', 'summary', 'method_figure', 'labels_figure', 'clusters_figure',
            'base_of', 'changes', 'ablation_figure', 'pool_rates', 'fig5_figure', 'draw_tables']
 
 # %% ../nbs/07d_paper.ipynb #c2a8b0b1
@@ -16,6 +16,7 @@ import numpy as np, pandas as pd
 from fastcore.basics import AttrDict, patch
 from matplotlib import pyplot as plt
 from scipy.stats import t as student
+from .cross_validation import compare_methods, cross_validate, gain_figure, image_blocks
 from .core import MarsclrError, append_rows, data_root, one_line, read_json, whole
 from .encoders import create_encoder
 from .false_negatives import false_negative_rate, simulate
@@ -24,17 +25,27 @@ from .methods import Lab, commit, encoder_of, recipe_of, run_name
 
 # %% ../nbs/07d_paper.ipynb #4130ba8c
 _three,_two = [42, 43, 44],[42, 43]
+_ablations = ('temperature=0.1', 'temperature=0.5', 'crop_max=1', 'colour_strength=0', 'colour_strength=1', 'batch_size=128',
+              'epochs=24', 'image_size=96', 'projection_layers=1', 'layer=layer2', 'layer=layer3', 'layer=all')
+_compared = ['DCL', 'cluster-aware, true classes', 'cluster-aware, pixels + capture', 'eq. 1']
 
 groups = dict(
-    fig3={'mixed-domain': _three, 'eq. 2, true classes': _two, 'eq. 2, capture': _two, 'eq. 2, texture': _two, 'elimination, pixels + capture': _two, 'attraction, pixels + capture': _two,
-          'random weights': _three, 'eq. 1': _three, 'DCL': _three, 'eq. 2, pixels + capture': _three, 'eq. 2, eq. 1 features': _three, 'supervised from scratch': _two},
+    fig3={o: _three for o in (
+        *_compared, 'cluster-aware, texture', 'cluster-aware, eq. 1 features', 'cluster-aware, capture', 'mixed-domain',
+        'eq. 2, view positives, pixels + capture', 'elimination, pixels + capture', 'attraction, pixels + capture',
+        'random weights', 'supervised from scratch')},
+    cross_validation={o: _three for o in (
+        *_compared, 'random weights', 'cluster-aware, texture', 'cluster-aware, eq. 1 features', 'cluster-aware, capture',
+        'mixed-domain', 'eq. 2, view positives, pixels + capture', 'elimination, pixels + capture',
+        'attraction, pixels + capture', *(f'{o}, epochs=32' for o in _compared))},
+    longer={f'{o}, epochs=32': _three for o in _compared},
     table2={'Curiosity only': _two, 'natural only': _two, 'half and half': _two},
-    fig4={'eq. 1': [42], 'eq. 2, pixels + capture': [42], 'random weights': [42]},
-    fig5={f'eq. 2, pixels + capture, K={k}': [42] for k in (5, 50, 150, 300, 1000)},
+    fig4={'eq. 1': [42], 'cluster-aware, pixels + capture': [42], 'random weights': [42]},
+    fig5={f'cluster-aware, pixels + capture, K={k}': [42] for k in (5, 50, 150, 300, 1000)},
     fig8={'eq. 1': [42]},
-    ablations={o: [42] for o in ('eq. 1', *(f'eq. 1, {o}' for o in (
-        'temperature=0.1', 'temperature=0.5', 'crop_max=1', 'colour_strength=0', 'colour_strength=1', 'batch_size=128', 'epochs=24', 'image_size=96', 'projection_layers=1',
-        'layer=layer2', 'layer=layer3', 'layer=all')), 'eq. 2, pixels + capture', 'eq. 2, pixels + capture, refresh=2')},
+    ablations={o: [42] for o in (
+        'eq. 1', *(f'eq. 1, {o}' for o in _ablations), 'eq. 2, view positives, pixels + capture',
+        'eq. 2, view positives, pixels + capture, refresh=2')},
     recommended={'recommended': _three, 'DCL, epochs=36, layer=covariances': _two, 'DCL, epochs=36, layer=all': _two} | {o: [42] for o in (
         'DCL + train images, epochs=36, layer=covariances', 'DCL + natural images, epochs=36, layer=covariances', 'DCL, epochs=36, backbone=resnet50, layer=covariances', 'recommended, layer=all',
         'DCL + train images, epochs=36, layer=all', 'DCL, epochs=36, backbone=resnet50, layer=all', 'DCL, layer=all', 'random weights, layer=covariances', 'random weights, layer=all')})
@@ -143,31 +154,72 @@ def missing(
     there = set(map(tuple, table[[*key, 'config']].astype(str).to_numpy()))
     return cells[np.array([tuple(o) not in there for o in cells[[*key, 'config']].astype(str).to_numpy()], bool)]
 
+# %% ../nbs/07d_paper.ipynb #ed08a586
+@patch
+def block_rows(self:Lab,
+    cell, # a row of `grid`
+) -> list: # dicts, one a block of time
+    "Cross-validate an encoder, and test it on the official split: what is right in each block"
+    pack = self.packs[cell.pack]
+    x,run = self.features(cell.method, cell.seed, pack)
+    blocks = cross_validate(x, pack.table).set_index('block')
+    labeled = pack.table[pack.table.label >= 0]
+    r = probe(x, pack.table, pack.classes, seed=cell.seed)
+    tested = image_blocks(labeled)[labeled.split == 'test']
+    test = pd.Series(r.truth == r.predicted).groupby(tested).agg(['size', 'sum'])
+    blocks['test_images'] = test['size'].reindex(blocks.index, fill_value=0)
+    blocks['test_right'] = test['sum'].reindex(blocks.index, fill_value=0)
+    facts = run_facts(run)
+    told = {k: facts[k] for k in ('trained_by', 'precision', 'clusters')}
+    cell_key = {k: cell[k] for k in key}
+    return [cell_key | o | told | dict(config=cell.config, probed_by=commit()) for o in blocks.reset_index().to_dict('records')]
+
+# %% ../nbs/07d_paper.ipynb #55b55fb1
 @patch
 def known(self:Lab,
     cell:dict, # of the grid
 ) -> dict: # column: text; empty, if no table has it
     "The row of a cell, as the table of any group has it"
     names = [*key, 'config']
-    for path in (self.to/f'{o}.csv' for o in self.settings['groups']):
+    for path in (self.to/f'{o}.csv' for o in self.settings['groups'] if o != 'cross_validation'):
         table = pd.read_csv(path, dtype=str, keep_default_na=False) if path.is_file() else pd.DataFrame()
         if not set(names) <= set(table): continue
         same = table[(table[names] == [str(cell[o]) for o in names]).all(axis=1)]
         if len(same): return same.iloc[0].to_dict()
     return {}
 
+# %% ../nbs/07d_paper.ipynb #cfdc33cd
+@patch
+def rows(self:Lab,
+    cell:dict, # of the grid
+) -> list: # of dicts
+    "The rows that a cell adds to its group's table"
+    if cell['group'] == 'cross_validation': return self.block_rows(AttrDict(cell))
+    return [self.known(cell) or self.row(AttrDict(cell))]
+
+def told(
+    cell:dict,
+    rows:list, # what `Lab.rows` made
+) -> str:
+    "What is printed of a cell when it is there"
+    name = f"{cell['group']}, {cell['method']}, seed {cell['seed']}, {cell['labels']} % of the labels, draw {cell['draw']}, {cell['pack']}"
+    if 'accuracy' in rows[0]:
+        return f"{name}: {float(rows[0]['accuracy']):.1%} (val {float(rows[0]['val_accuracy']):.1%})"
+    images,right = (sum(o[k] for o in rows) for k in ('images', 'right'))
+    return f'{name}: {right/images:.1%} of {images}'
+
 @patch
 def run(self:Lab,
     cells:pd.DataFrame, # what `grid` made
 ):
-    "Run the cells that no group has yet; each is a row of its group's table as soon as it is there"
+    "Run the cells that no group has yet; each is in its group's table as soon as it is there"
     print(f'{len(cells)} cells, code {commit()}', flush=True)
     for cell in cells.to_dict('records'):
         path = self.to/f"{cell['group']}.csv"
         if not len(missing(pd.DataFrame([cell]), read_cells(path))): continue
-        row = self.known(cell) or self.row(AttrDict(cell))
-        append_rows(path, [row])
-        print(f"{cell['group']}, {row['method']}, seed {row['seed']}, {row['labels']} % of the labels, draw {row['draw']}, {row['pack']}: {float(row['accuracy']):.1%} (val {float(row['val_accuracy']):.1%})", flush=True)
+        rows = self.rows(cell)
+        append_rows(path, rows)
+        print(told(cell, rows), flush=True)
 
 # %% ../nbs/07d_paper.ipynb #24b9d10b
 def price(
@@ -350,8 +402,8 @@ def fig5_figure(
     fig3:pd.DataFrame, # cells; none are needed
 ):
     "Fig. 5, with what Fig. 3 knows: its own number of clusters, and equation 1 and DCL as lines"
-    of = fig3.method.map({'eq. 2, pixels + capture': 'point', 'eq. 1': 'line', 'DCL': 'line'})
-    k = {o: int(c.split('K=')[1]) for o,c in zip(fig3.method, fig3.clusters) if o == 'eq. 2, pixels + capture'} if len(fig3) else {}
+    of = fig3.method.map({'cluster-aware, pixels + capture': 'point', 'eq. 1': 'line', 'DCL': 'line'})
+    k = {o: int(c.split('K=')[1]) for o,c in zip(fig3.method, fig3.clusters) if o == 'cluster-aware, pixels + capture'} if len(fig3) else {}
     return clusters_figure(pd.concat([fig5, fig3[of == 'point']]), fig3[of == 'line'], k)
 
 # %% ../nbs/07d_paper.ipynb #c4d11c07
@@ -363,11 +415,12 @@ def draw_tables(
     only,    # names of groups
 ) -> str: # the files
     "Print and draw what the cells that are there say"
-    made,figures = [],dict(fig4=labels_figure, fig5=lambda t: fig5_figure(t, read_cells(lab.to/'fig3.csv')), ablations=ablation_figure)
+    made,figures = [],dict(cross_validation=lambda t: gain_figure(t, 'DCL'), fig4=labels_figure, fig5=lambda t: fig5_figure(t, read_cells(lab.to/'fig3.csv')), ablations=ablation_figure)
     for path in (lab.to/f'{o}.csv' for o in only):
         table,group = read_cells(path),path.stem
         shown = table if group == 'recommended' else table[table.labels == 100]
-        for (name,labels),t in shown.groupby(['pack', 'labels'], sort=False): print(f'{group}, {name}, {labels} % of the labels\n{(changes if group == "ablations" else summary)(t).to_string()}')
+        said = dict(ablations=changes, cross_validation=lambda t: compare_methods(t, 'DCL')).get(group, summary)
+        for (name,labels),t in shown.groupby(['pack', 'labels'], sort=False): print(f'{group}, {name}, {labels} % of the labels\n{said(t).to_string()}')
         fig = figures[group](table) if group in figures else method_figure(table[table.labels == 100], paper_says)
         with whole(path.with_suffix('.png')) as p: fig.savefig(p, format='png')
         plt.close(fig)

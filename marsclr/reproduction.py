@@ -52,11 +52,11 @@ cells = dict(groups={k: v for k,v in groups.items() if k not in ('ablations', 'r
 presets |= dict(
     laptop=dict(
         marsyard=dict(cells, size=96, pretrain=yard, packs=['MarsYard'], k={}, natural=600, images=600, draws=2, pool_images=2500, labeled_images=1050, images_per_s=200, probe_s=10,
-                      groups=dict(fig3={o: [42, 43] for o in ('random weights', 'eq. 1', 'DCL', 'mixed-domain', 'eq. 2, true classes')}, table2={'natural only': [42]}, fig8={'eq. 1': [42]})),
+                      groups=dict(fig3={o: [42, 43] for o in ('random weights', 'eq. 1', 'DCL', 'mixed-domain', 'cluster-aware, true classes')}, table2={'natural only': [42]}, fig8={'eq. 1': [42]})),
         msl=dict(cells, groups=groups, size=192, pretrain=laptop, supervised=dict(image_size=64, epochs=10), texture=dict(k=150, epochs=12, embed_size=128), natural=2000, images=2000, pool_images=7373, labeled_images=5920, images_per_s=100, probe_s=60)),
     gpu=dict(msl=dict(cells, size=192, pretrain=dict(laptop, epochs=40, batch_size=128, image_size=96), supervised=dict(epochs=40, batch_size=128), texture=dict(k=150, epochs=100),
                       natural=2000, images=2000, pool_images=7373, labeled_images=5920, images_per_s=5000, probe_s=2)),
-    paper=dict(msl=dict(cells, groups=cells['groups'] | dict(fig3={k: v for k,v in groups['fig3'].items() if k != 'eq. 2, true classes'}), size=256, pretrain=dict(backbone='resnet50'), supervised=dict(backbone='resnet50', image_size=224, epochs=100, batch_size=128, lr=3e-4),
+    paper=dict(msl=dict(cells, groups=cells['groups'] | dict(fig3={k: v for k,v in groups['fig3'].items() if k != 'cluster-aware, true classes'}), size=256, pretrain=dict(backbone='resnet50'), supervised=dict(backbone='resnet50', image_size=224, epochs=100, batch_size=128, lr=3e-4),
                         texture=dict(k=150, epochs=100), natural=106_000, images=100_000, pool_images=212_535, labeled_images=5920, images_per_s=320, probe_s=60)))
 
 # %% ../nbs/07f_chain.ipynb #3f9c6a5d
@@ -104,7 +104,7 @@ def make_encoders(
     settings:dict, # of the preset
     seed:int,
 ) -> dict: # encoders by method; functions, so that one at a time is in memory
-    "Pretrain with eq. 1, cluster its features, pretrain with eq. 2"
+    "Pretrain with eq. 1, cluster its features, pretrain with the cluster-aware loss"
     pool,kw = packs['pool'],dict(settings['pretrain'], seed=seed)
     def run(name, **more): return pretrain(str(to/'pool.pack'), str(to/f'{name}-seed{seed}'), **kw, **more)
     def clusters(name, make):
@@ -115,8 +115,8 @@ def make_encoders(
     found = clusters('found', lambda: feature_clusters(encode(load_encoder(eq1), pool), pool, settings['clusters'], seed))
     true = clusters('true', lambda: label_clusters(pool))
     report_clusters(dict(found=found, true=true), pool, to/f'clusters-seed{seed}.csv')
-    runs = {'eq. 1': eq1, 'eq. 2, found clusters': run('eq2-found', loss='cluster_aware', clusters=str(to/f'found-seed{seed}.npz')),
-            'eq. 2, true classes': run('eq2-true', loss='cluster_aware', clusters=str(to/f'true-seed{seed}.npz'))}
+    runs = {'eq. 1': eq1, 'cluster-aware, found clusters': run('cluster-aware-found', loss='cluster_aware', clusters=str(to/f'found-seed{seed}.npz')),
+            'cluster-aware, true classes': run('cluster-aware-true', loss='cluster_aware', clusters=str(to/f'true-seed{seed}.npz'))}
     def random():
         torch.manual_seed(seed)
         return create_encoder(kw['backbone'])
@@ -186,7 +186,7 @@ def reproduce(
     seed:int=42,
     **kwargs       # passed on to `make_packs`
 ) -> pd.DataFrame: # one row a method and labeled pack, of this seed
-    "The paper's chain: pack, pretrain with eq. 1, cluster, pretrain with eq. 2, probe"
+    "The paper's chain: pack, pretrain with eq. 1, cluster, pretrain with the cluster-aware loss, probe"
     to = Path(to)
     with open_folder(to, data, settings, **kwargs):
         packs = make_packs(data, to, settings['size'], **kwargs)
@@ -279,6 +279,14 @@ def _left(asked, to, known):
         return cells[[not is_map_of(table, **o) for o in cells[['method', 'seed', 'config']].to_dict('records')]]
     return pd.concat([left(*o) for o in asked.groupby('group', sort=False)])
 
+def _unpaid(left, names, to, known):
+    "Those whose row no other group has either; blocks of a cross-validation are in no other group"
+    blocks = left[left.group == 'cross_validation']
+    rows = left[left.group != 'cross_validation']
+    for o in names:
+        if o != 'cross_validation': rows = missing(rows, read_cells(_table(o, to, known)))
+    return pd.concat([blocks, rows])
+
 def _check_inputs(mixed, fractions):
     "What is wanted late must be there early"
     if mixed: imagenet()
@@ -288,8 +296,8 @@ def _cells(data, to, settings, only='', known='', dry_run=False, **kwargs):
     if known and not Path(known).is_dir(): raise MarsclrError(f'--known {known} is not a folder: give one with tables of cells, as nbs/results/laptop-msl')
     names = [o for o in settings['groups'] if o != 'fig8']
     asked = grid(settings, only.split(',') if only else settings['groups'], settings['packs'])
-    left = unpaid = _left(asked, to, known)
-    for o in names: unpaid = missing(unpaid, read_cells(_table(o, to, known)))
+    left = _left(asked, to, known)
+    unpaid = _unpaid(left, names, to, known)
     bill = price(unpaid, settings, to)
     if dry_run: return (f'{bill.to_string(index=False)}\n' if len(bill) else '') + f'cells missing: {len(unpaid)}, about {bill.minutes.sum()/60:.1f} hours'
     mixed = asked.method.map(lambda o: recipe_of(o).get('pool') not in (None, 'with train')).any()
@@ -314,7 +322,7 @@ def marsclr_reproduce(
     data:str='marsyard', # marsyard: no data needed; msl: the archives under $MARSCLR_DATA
     to:str='',           # folder for everything that is made; runs/PRESET-DATA by default
     seed:int=42,         # for smoke; the other presets have their own
-    only:str='',         # for cells: fig3, table2, fig4, fig5, fig8, ablations, recommended, several separated by commas; all by default
+    only:str='',         # for cells: fig3, cross_validation, longer, table2, fig4, fig5, fig8, ablations, recommended, several separated by commas; all by default
     known:str='',        # for cells: folder with tables whose rows need not be run again
     dry_run:bool=False,  # for cells: print what is missing and what it will take, and stop
 ):

@@ -172,7 +172,7 @@ class RefreshClusters(Callback):
 def pretrain(
     pack:str,                # pack folder (from Python, also a `Pack`); several, separated by commas, are mixed (section 4.3)
     run:str,                 # run folder to make, or to take up where it stopped
-    loss:str='ntxent',       # ntxent (eq. 1), dcl, cluster_aware (eq. 2), elimination or attraction
+    loss:str='ntxent',       # ntxent (eq. 1), dcl, cluster_aware (eq. 2, the paper's), view_positives, elimination or attraction
     clusters:str='',         # file made by marsclr_cluster, for the losses that need one
     refresh:int=0,           # epochs between clusterings anew, by the encoder as it is by then; 0: never
     backbone:str='resnet50', # timm name of the encoder

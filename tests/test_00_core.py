@@ -75,8 +75,8 @@ def test_whole_files_or_none():
     with tempfile.TemporaryDirectory() as d:
         table = Path(d)/'table.csv'
         append_rows(table, [dict(method='eq. 1', commit='8e10', accuracy=2/3)])
-        append_rows(table, [dict(method='eq. 2, pixels', accuracy=1)])
-        test_eq(table.read_text(), 'method,commit,accuracy\neq. 1,8e10,0.666667\n"eq. 2, pixels",,1\n')
+        append_rows(table, [dict(method='DCL, pixels', accuracy=1)])
+        test_eq(table.read_text(), 'method,commit,accuracy\neq. 1,8e10,0.666667\n"DCL, pixels",,1\n')
         with expect_fail(MarsclrError, "no column 'seed'"): append_rows(table, [dict(method='eq. 1', seed=42)])
         test_eq(len(pd.read_csv(table)), 2)
         table.write_text('a,b\n1,2')

@@ -46,7 +46,7 @@ def test_three_images():
 
     nothing = np.zeros_like(truth)
     fig,axs = plt.subplots(1, 3, figsize=(8.5, 2.9), dpi=70, layout='constrained')
-    kinds = [draw(axs[0], positive, nothing, 'eq. 1'), draw(axs[1], positive, truth, 'eq. 2, right clusters'), draw(axs[2], truth, nothing, 'the truth')]
+    kinds = [draw(axs[0], positive, nothing, 'eq. 1'), draw(axs[1], positive, truth, 'right clusters, left out'), draw(axs[2], truth, nothing, 'the truth')]
     test_eq([(k == 3).sum() for k in kinds], [8, 0, 0])
 
 

@@ -65,10 +65,10 @@ def test_a_point_of_the_dial():
 
     left = table[table.classes == 2].set_index('method').left
     before = table.before[0]
-    test_eq(left['eq. 2, true classes'], 0)
+    test_eq(left['eq. 2, view positives, true classes'], 0)
     test_close(left['eq. 1'], before, eps=1e-4)
     test_close(left['mixed with leaves'], before/4, eps=.01)
-    assert left['eq. 2, found clusters'] < before
+    assert left['eq. 2, view positives, found clusters'] < before
 
 
 def test_as_a_picture():

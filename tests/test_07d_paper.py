@@ -7,6 +7,7 @@ import numpy as np, pandas as pd
 from fastcore.basics import AttrDict, patch
 from matplotlib import pyplot as plt
 from scipy.stats import t as student
+from marsclr.cross_validation import compare_methods, cross_validate, gain_figure, image_blocks
 from marsclr.core import MarsclrError, append_rows, data_root, one_line, read_json, whole
 from marsclr.encoders import create_encoder
 from marsclr.false_negatives import false_negative_rate, simulate
@@ -16,7 +17,9 @@ import shutil, tempfile
 from fastcore.test import *
 from IPython.utils.capture import capture_output
 from marsclr.homogeneity import leaves_pack, yard_pack
+from marsclr.datasets import is_copy
 from marsclr.paper import *
+from marsclr.paper import rows
 
 
 def test_the_groups():
@@ -75,6 +78,20 @@ def test_what_is_missing():
     with capture_output(): lab.run(cells)
     test_eq(read_cells(tmp/'fig3.csv').drop(columns=['features_s', 'probe_s']), table.drop(columns=['features_s', 'probe_s']))
 
+
+def test_blocks_of_time():
+    crossed = dict(settings, groups=dict(cross_validation={'random weights': [42, 43, 44], 'DCL': [42, 43]}))
+    with capture_output() as out: lab.run(grid(crossed, ['cross_validation'], ['MarsYard']))
+    blocks = read_cells(tmp/'cross_validation.csv')
+    of_one = blocks[(blocks.method == 'DCL') & (blocks.seed == 42)]
+    test_eq(of_one.images.sum(), (~is_copy(yard.table)).sum())
+    in_fig3 = table[(table.method == 'DCL') & (table.seed == 42)].iloc[0]
+    test_eq(of_one.test_images.sum(), in_fig3.images)
+    test_close(of_one.test_right.sum()/of_one.test_images.sum(), in_fig3.accuracy, eps=1e-4)
+    assert f'{of_one.right.sum()/of_one.images.sum():.1%} of {of_one.images.sum()}' in out.stdout
+    test_eq(len(missing(grid(crossed, ['cross_validation'], ['MarsYard']), blocks)), 0)
+    of_one.head(3)
+
     for text,why in {'': 'cannot be read as a table of cells', 'a,b\n1,2\n': "no column 'method'"}.items():
         (tmp/'other.csv').write_text(text)
         with expect_fail(MarsclrError, why): read_cells(tmp/'other.csv')
@@ -97,7 +114,7 @@ def test_what_it_will_cost():
     test_eq(price(asked, dict(costs, images_per_s=.01, probe_s=0), tmp/'elsewhere').minutes.tolist(), [160, 480, 640, round(160*weights('resnet18')/weights('resnet10t')), 0])
     labeled = grid(dict(costs, groups=dict(fig3={'supervised from scratch': [42]})), ['fig3'], ['MarsYard'])
     test_eq(price(labeled, dict(costs, supervised=dict(epochs=4), labeled_images=60, images_per_s=.1, probe_s=0), tmp/'elsewhere').minutes.tolist(), [20])
-    refreshed = grid(dict(costs, groups=dict(ablations={f'eq. 2, capture{o}': [42] for o in (', epochs=8', ', epochs=8, refresh=2')})), ['ablations'], ['MarsYard'])
+    refreshed = grid(dict(costs, groups=dict(ablations={f'cluster-aware, capture{o}': [42] for o in (', epochs=8', ', epochs=8, refresh=2')})), ['ablations'], ['MarsYard'])
     test_eq(price(refreshed, dict(costs, images_per_s=1e9, probe_s=60), tmp/'elsewhere').minutes.tolist(), [1, 4])
 
 
@@ -114,7 +131,7 @@ def test_pictures():
 
     labels_figure(read_cells(tmp/'fig4.csv'));
 
-    curve = table[table.seed == 42].assign(method=[f'eq. 2, pixels + capture, K={o}' for o in (5, 50, 500)])
+    curve = table[table.seed == 42].assign(method=[f'cluster-aware, pixels + capture, K={o}' for o in (5, 50, 500)])
     fig = clusters_figure(curve, table[table.method == 'DCL'])
     test_eq(fig.axes[0].get_xticks(), [5, 50, 500])
 
@@ -124,7 +141,7 @@ def test_pictures():
     test_eq(ablations.epochs.tolist(), [1, 1, 2, 1])
     test_eq(ablations.config.nunique(), 4)
     test_eq(len(list(tmp.glob('eq1*seed42'))), 3)
-    test_eq([base_of(o) for o in ('eq. 2, capture, refresh=2', 'eq. 1, layer=all', 'eq. 2, capture')], ['eq. 2, capture', 'eq. 1', 'eq. 1'])
+    test_eq([base_of(o) for o in ('cluster-aware, capture, refresh=2', 'eq. 1, layer=all', 'cluster-aware, capture')], ['cluster-aware, capture', 'eq. 1', 'eq. 1'])
     ablation_figure(ablations)
     c = changes(ablations)
     test_close(c.loc['eq. 1, epochs=2', 'test, gained'], (ablations.accuracy[2]-ablations.accuracy[0])*100, eps=.051)
@@ -141,7 +158,8 @@ def test_table_2s_other_column():
 
 
 def test_all_at_once():
-    with capture_output() as out: draw_tables(lab, ['fig3', 'ablations'])
+    with capture_output() as out: draw_tables(lab, ['fig3', 'ablations', 'cross_validation'])
+    assert 'accuracy less DCL' in out.stdout and (tmp/'cross_validation.png').exists()
     assert 'fig3, MarsYard' in out.stdout and 'less DCL' in out.stdout and 'val, gained' in out.stdout
     test_eq((tmp/'fig3.png').read_bytes()[1:4], b'PNG')
 

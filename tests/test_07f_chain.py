@@ -53,7 +53,7 @@ def test_the_packs():
 def test_the_chain():
     global table
     with capture_output(): encoders = make_encoders(packs, tmp/'tiny', tiny, 42)
-    test_eq(list(encoders), ['random weights', 'eq. 1', 'eq. 2, found clusters', 'eq. 2, true classes'])
+    test_eq(list(encoders), ['random weights', 'eq. 1', 'cluster-aware, found clusters', 'cluster-aware, true classes'])
     caught = pd.read_csv(tmp/'tiny/clusters-seed42.csv').set_index('source')
     test_eq(caught.caught['true'], 1)
     caught.round(3)
