@@ -47,7 +47,7 @@ presets = dict(
     references=dict(msl=dict(size=128)))
 
 # %% ../nbs/07f_chain.ipynb #814597c1
-cells = dict(groups={k: v for k,v in groups.items() if k not in ('ablations', 'recommended')}, labels=[1, 5, 10, 20, 50, 100], draws=10, packs=['MSL v2.1', 'HiRISE v3.2 subset'], k={'pixels + capture': 14, 'eq. 1 features': 3, 'texture': 150})
+cells = dict(groups={k: v for k,v in groups.items() if k not in ('ablations', 'recommended', 'longer', 'cross_validation')}, labels=[1, 5, 10, 20, 50, 100], draws=10, packs=['MSL v2.1', 'HiRISE v3.2 subset'], k={'pixels + capture': 14, 'eq. 1 features': 3, 'texture': 150})
 
 presets |= dict(
     laptop=dict(
