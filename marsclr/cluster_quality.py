@@ -55,7 +55,7 @@ def pair_quality(
     known = np.asarray(labels) >= 0
     table = contingency_matrix(np.asarray(labels)[known], np.asarray(clusters)[known], sparse=True)
     both,same_class,same_cluster,all_pairs = (_pairs(np.asarray(o, float)) for o in (table.data, table.sum(1), table.sum(0), table.sum()))
-    return dict(false_negatives_before=same_class/max(all_pairs, 1), caught=both/max(same_class, 1), swallowed=(same_cluster-both)/max(all_pairs-same_class, 1),
+    return dict(false_negatives_before=same_class/max(all_pairs, 1), purity=both/max(same_cluster, 1), caught=both/max(same_class, 1), swallowed=(same_cluster-both)/max(all_pairs-same_class, 1),
                 false_negatives_after=(same_class-both)/max(all_pairs-same_cluster, 1))
 
 # %% ../nbs/02b_cluster_quality.ipynb #414cd242

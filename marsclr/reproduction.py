@@ -27,6 +27,7 @@ from .marsyard import write_marsyard
 from .methods import Lab, recipe_of
 from .packing import Pack, load_pack, pack_archive
 from .paper import draw_tables, grid, groups, missing, price, read_cells
+from .purity import break_even, gains_over_dcl, purity_curve, purity_figure
 from .runs import open_run
 from .texture import texture_clusters
 from .training import pretrain
@@ -44,7 +45,11 @@ presets = dict(
         msl=dict(size=192, pretrain=laptop, texture=dict(k=150, epochs=12, embed_size=128), ks=[3, 5, 8, 14, 19, 50, 100, 150, 300], seeds=[42, 43, 44])),
     homogeneity=dict(marsyard=dict(images=1500, labeled=3000, yard=dict(size=64, homogeneity=.3), points=[[2, 1], [5, 1], [10, 1], [30, 1], [100, 1], [10, 3], [10, 10]],
                                    pretrain=dict(yard, backbone='resnet10t', image_size=32, epochs=10, crop_min=.08, crop_max=.6), train_seeds=[42, 43, 44])),
-    references=dict(msl=dict(size=128)))
+    references=dict(msl=dict(size=128)),
+    purity=dict(marsyard=dict(
+        images=1000, labeled=2400, classes=10, yard=dict(size=64, homogeneity=.6), seeds=[42, 43, 44],
+        ways=[('wrong', 0), ('wrong', .1), ('wrong', .2), ('wrong', .4), ('wrong', .7), ('wrong', 1), ('cut', 3), ('cut', 10), ('merged', 2), ('merged', 5)],
+        pretrain=dict(yard, backbone='resnet10t', image_size=32, epochs=10, crop_min=.08, crop_max=.6))))
 
 # %% ../nbs/07f_chain.ipynb #814597c1
 cells = dict(groups={k: v for k,v in groups.items() if k not in ('ablations', 'recommended', 'longer', 'cross_validation')}, labels=[1, 5, 10, 20, 50, 100], draws=10, packs=['MSL v2.1', 'HiRISE v3.2 subset'], k={'pixels + capture': 14, 'eq. 1 features': 3, 'texture': 150})
@@ -70,7 +75,7 @@ def open_folder(
     "Make a folder for the data and settings, or check that the one there is of the same; nobody else works in it until the block ends"
     if data == 'msl' and not to.exists():
         for archive in (rovers, msl, hirise): archive()
-    settings = {k: v for k,v in settings.items() if k not in ('points', 'train_seeds', 'groups', 'labels', 'draws', 'packs', 'pool_images', 'labeled_images', 'images_per_s', 'probe_s')}
+    settings = {k: v for k,v in settings.items() if k not in ('points', 'train_seeds', 'seeds', 'ways', 'groups', 'labels', 'draws', 'packs', 'pool_images', 'labeled_images', 'images_per_s', 'probe_s')}
     flat = {f'{k} {o}': v for k,part in settings.items() if isinstance(part, dict) for o,v in part.items()}
     open_run(to, dict(data=data, **{k: v for k,v in settings.items() if not isinstance(v, dict)}, **flat, **kwargs))
     with alone(to/'.lock', f'{to} is in use by another process: wait for it, or give another folder with --to'): yield
@@ -265,6 +270,15 @@ def _homogeneity(data, to, settings, seed):
         print(gains(table).round(2).to_string(index=False))
         return f'{to}/curve.csv {to}/curve.png'
 
+def _purity(data, to, settings, seed):
+    with open_folder(to, data, settings):
+        table = purity_curve(to, settings)
+        save_figure(purity_figure(table), to/'purity.png')
+        gains = gains_over_dcl(table)
+        print(gains.round(2).to_string(index=False))
+        print(f'the cluster-aware loss gains on DCL above a purity of {break_even(gains):.2f}')
+        return f'{to}/purity.csv {to}/purity.png'
+
 # %% ../nbs/07f_chain.ipynb #b3a2603f
 def _table(name, to, known):
     "The table of a group: the folder's or, where it has none, the known one"
@@ -314,11 +328,11 @@ def _cells(data, to, settings, only='', known='', dry_run=False, **kwargs):
         return ' '.join(draw_maps(lab, g.method.iloc[0], int(g.seed.iloc[0])) if name == 'fig8' else draw_tables(lab, [name]) for name,g in asked.groupby('group', sort=False))
 
 # %% ../nbs/07f_chain.ipynb #bef2cf2b
-_chains = dict(smoke=_smoke, clusters=_clusters, homogeneity=_homogeneity, references=_references)
+_chains = dict(smoke=_smoke, clusters=_clusters, homogeneity=_homogeneity, references=_references, purity=_purity)
 
 @command
 def marsclr_reproduce(
-    preset:str='smoke',  # smoke: the chain, one seed; clusters: all sources of clusters (hours); homogeneity: what false negatives cost (hours); references: what the diagnosis of an archive rests on; laptop, gpu, paper: the paper's figures and tables, cell by cell
+    preset:str='smoke',  # smoke: the chain, one seed; clusters: all sources of clusters (hours); homogeneity: what false negatives cost (hours); references: what the diagnosis of an archive rests on; purity: how pure clusters must be (hours); laptop, gpu, paper: the paper's figures and tables, cell by cell
     data:str='marsyard', # marsyard: no data needed; msl: the archives under $MARSCLR_DATA
     to:str='',           # folder for everything that is made; runs/PRESET-DATA by default
     seed:int=42,         # for smoke; the other presets have their own

@@ -19,6 +19,7 @@ from marsclr.marsyard import write_marsyard
 from marsclr.methods import Lab, recipe_of
 from marsclr.packing import Pack, load_pack, pack_archive
 from marsclr.paper import draw_tables, grid, groups, missing, price, read_cells
+from marsclr.purity import break_even, gains_over_dcl, purity_curve, purity_figure
 from marsclr.runs import open_run
 from marsclr.texture import texture_clusters
 from marsclr.training import pretrain
