@@ -33,15 +33,16 @@ groups = dict(
     fig3={o: _three for o in (
         *_compared, 'cluster-aware, texture', 'cluster-aware, eq. 1 features', 'cluster-aware, capture', 'mixed-domain',
         'eq. 2, view positives, pixels + capture', 'elimination, pixels + capture', 'attraction, pixels + capture',
-        'random weights', 'supervised from scratch')},
+        'random weights', 'supervised from scratch', 'eq. 2, view positives, eq. 1 features')}
+        | {f'eq. 2, view positives, {o}': _two for o in ('true classes', 'texture', 'capture')},
     cross_validation={o: _three for o in (
         *_compared, 'random weights', 'cluster-aware, texture', 'cluster-aware, eq. 1 features', 'cluster-aware, capture',
         'mixed-domain', 'eq. 2, view positives, pixels + capture', 'elimination, pixels + capture',
         'attraction, pixels + capture', *(f'{o}, epochs=32' for o in _compared))},
     longer={f'{o}, epochs=32': _three for o in _compared},
     table2={'Curiosity only': _two, 'natural only': _two, 'half and half': _two},
-    fig4={'eq. 1': [42], 'cluster-aware, pixels + capture': [42], 'random weights': [42]},
-    fig5={f'cluster-aware, pixels + capture, K={k}': [42] for k in (5, 50, 150, 300, 1000)},
+    fig4={o: [42] for o in ('eq. 1', 'cluster-aware, pixels + capture', 'random weights', 'eq. 2, view positives, pixels + capture')},
+    fig5={f'{o}, pixels + capture, K={k}': [42] for o in ('cluster-aware', 'eq. 2, view positives') for k in (5, 50, 150, 300, 1000)},
     fig8={'eq. 1': [42]},
     ablations={o: [42] for o in (
         'eq. 1', *(f'eq. 1, {o}' for o in _ablations), 'eq. 2, view positives, pixels + capture',
@@ -246,9 +247,9 @@ def price(
 # %% ../nbs/07d_paper.ipynb #3cc5f538
 def half_width(
     x, # one number a seed
-) -> float: # nan for one seed
+) -> float: # nan for fewer than three seeds
     "Half of the 95 % interval of a mean"
-    return student.ppf(.975, len(x)-1)*pd.Series(x).sem() if len(x) > 1 else float('nan')
+    return student.ppf(.975, len(x)-1)*pd.Series(x).sem() if len(x) > 2 else float('nan')
 
 def pm(mean, half): return f'{mean:.1f}' + (f' ± {half:.1f}' if half == half else '')
 
@@ -331,16 +332,22 @@ def clusters_figure(
     "Test accuracy (filled) and val accuracy (hollow) against the number of clusters: a dot is a seed"
     packs = list(dict.fromkeys(table.pack))
     table = table.assign(k=[recipe_of(o).get('k', k.get(o)) for o in table.method])
-    fig,axs = plt.subplots(1, len(packs), figsize=(2+3.2*len(packs), 2.8), dpi=80, squeeze=False, layout='constrained')
+    table['family'] = [', '.join(p for p in o.split(', ') if '=' not in p) for o in table.method]
+    size = (2.4+3.2*len(packs), 2.8)
+    fig,axs = plt.subplots(1, len(packs), figsize=size, dpi=80, squeeze=False, layout='constrained')
+    lines = [] if beside is None else list(beside.groupby('method', sort=False))
     for ax,name in zip(axs[0], packs):
-        t,means = table[table.pack == name],table[table.pack == name].groupby('k')[['accuracy', 'val_accuracy']].mean()*100
-        for c,style in (('val_accuracy', dict(color='tab:blue', mfc='white')), ('accuracy', dict(color='black'))):
-            ax.plot(means[c], lw=1, color=style['color'], alpha=.5)
-            ax.plot(t.k, t[c]*100, 'o', ms=5, label=c.removesuffix('_accuracy').replace('accuracy', 'test'), **style)
-        for j,(method,o) in enumerate(beside[beside.pack == name].groupby('method', sort=False) if beside is not None else ()):
-            ax.axhline(o.accuracy.mean()*100, ls=('--', ':', '-.')[j % 3], color='tab:orange', lw=1.5, label=f'{method}, test')
+        here = table[table.pack == name]
+        for colour,(family,t) in zip(('black', 'tab:blue', 'tab:green'), here.groupby('family', sort=False)):
+            means = t.groupby('k')[['accuracy', 'val_accuracy']].mean()*100
+            for column,told,fill in (('accuracy', 'test', colour), ('val_accuracy', 'val', 'white')):
+                ax.plot(means[column], lw=1, color=colour, alpha=.5)
+                ax.plot(t.k, t[column]*100, 'o', ms=5, color=colour, mfc=fill, label=f'{family}, {told}')
+        for style,(method,o) in zip(('--', ':', '-.'), lines):
+            mean = o[o.pack == name].accuracy.mean()*100
+            ax.axhline(mean, ls=style, color='tab:orange', lw=1.5, label=f'{method}, test')
         ax.set(xscale='log', xlabel='clusters', ylabel='accuracy, %', title=name)
-        ax.set_xticks(sorted(t.k.unique()), sorted(t.k.unique()))
+        ax.set_xticks(sorted(here.k.unique()), sorted(here.k.unique()))
         ax.minorticks_off()
         ax.title.set_size(9)
     fig.legend(*axs[0,0].get_legend_handles_labels(), fontsize=7, loc='outside right upper')
@@ -402,9 +409,9 @@ def fig5_figure(
     fig3:pd.DataFrame, # cells; none are needed
 ):
     "Fig. 5, with what Fig. 3 knows: its own number of clusters, and equation 1 and DCL as lines"
-    of = fig3.method.map({'cluster-aware, pixels + capture': 'point', 'eq. 1': 'line', 'DCL': 'line'})
-    k = {o: int(c.split('K=')[1]) for o,c in zip(fig3.method, fig3.clusters) if o == 'cluster-aware, pixels + capture'} if len(fig3) else {}
-    return clusters_figure(pd.concat([fig5, fig3[of == 'point']]), fig3[of == 'line'], k)
+    points = fig3[fig3.method.isin(['cluster-aware, pixels + capture', 'eq. 2, view positives, pixels + capture'])]
+    k = {o: int(c.split('K=')[1]) for o,c in zip(points.method, points.clusters)} if len(points) else {}
+    return clusters_figure(pd.concat([fig5, points]), fig3[fig3.method.isin(['eq. 1', 'DCL'])], k)
 
 # %% ../nbs/07d_paper.ipynb #c4d11c07
 paper_says = {'MSL v2.1': {'eq. 1': 75.60, 'mixed-domain': 77.31, 'Curiosity only': 75.60, 'natural only': 76.54, 'half and half': 77.31},

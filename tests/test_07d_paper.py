@@ -119,11 +119,14 @@ def test_what_it_will_cost():
 
 
 def test_seeds_and_test_images():
-    test_close(half_width([64., 66.]), 12.706, eps=1e-3)
-    two = pd.DataFrame(dict(method=['eq. 1', 'eq. 1', 'DCL', 'DCL'], seed=[42, 43, 42, 43], accuracy=[.60, .64, .63, .65], low=.55, high=.65, balanced_accuracy=.3, macro_f1=.3, val_accuracy=.6))
-    test_eq(less(two, 'eq. 1').loc['DCL', 'mean'].round(6), 2)
-    test_close(less(two, 'eq. 1').loc['DCL', 'half'], 12.706, eps=1e-3)
-    summary(two)
+    test_close(half_width([62., 64., 66.]), 4.3027*2/3**.5, eps=1e-3)
+    assert np.isnan(half_width([64., 66.]))
+    three = pd.DataFrame(dict(
+        method=['eq. 1']*3 + ['DCL']*3, seed=[42, 43, 44]*2, accuracy=[.60, .62, .64, .63, .64, .65],
+        low=.55, high=.65, balanced_accuracy=.3, macro_f1=.3, val_accuracy=.6))
+    test_eq(less(three, 'eq. 1').loc['DCL', 'mean'].round(6), 2)
+    test_close(less(three, 'eq. 1').loc['DCL', 'half'], 4.3027/3**.5, eps=1e-3)
+    summary(three)
 
 
 def test_pictures():
