@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Clusters', 'load_clusters', 'capture_clusters', 'label_clusters', 'pixel_features', 'kmeans', 'feature_clusters',
-           'whiten', 'pool_groups']
+           'whiten', 'pool_groups', 'central_clusters', 'agreed_clusters']
 
 # %% ../nbs/02_clustering.ipynb #ca2e9f24
 import hashlib, zipfile
@@ -138,3 +138,26 @@ def pool_groups(
     ids = torch.as_tensor(ids)
     sums = torch.zeros(int(ids.max())+1, features.shape[1]).index_add_(0, ids, F.normalize(features.float(), dim=1))
     return (sums / ids.bincount()[:,None])[ids]
+
+# %% ../nbs/02_clustering.ipynb #c4dd1b84
+def central_clusters(
+    clusters:Clusters, # with distances to their centres
+    share:float=.5,    # of each cluster's images that stay, the nearest to its centre; at least one
+) -> Clusters:
+    "Clusters of their most central images; every other image is a cluster of its own"
+    if not 0 < share <= 1: raise MarsclrError(f'a share of {share:g} of each cluster cannot stay: give one above 0, up to 1')
+    order = pd.Series(clusters.distances).groupby(clusters.ids).rank(method='first')
+    size = np.bincount(clusters.ids)[clusters.ids]
+    stays = (order <= np.maximum(np.floor(share*size), 1)).to_numpy()
+    key = pd.Series(clusters.ids).where(stays, -1 - np.arange(len(clusters)))
+    ids = pd.factorize(key)[0].astype(np.int64)
+    return Clusters(ids, clusters.distances, f'{clusters.source}, central {share:g}', clusters.pack)
+
+def agreed_clusters(
+    a:Clusters,
+    b:Clusters, # of the same pack
+) -> Clusters:
+    "Images are together where both sources have them together"
+    if a.pack != b.pack: raise MarsclrError(f'clusters of two packs ({a.pack}, {b.pack}) cannot agree: cluster one pack twice')
+    ids = pd.factorize(pd.Series(list(zip(a.ids, b.ids))))[0].astype(np.int64)
+    return Clusters(ids, np.maximum(a.distances, b.distances), f'{a.source} and {b.source}', a.pack)

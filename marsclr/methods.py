@@ -22,7 +22,7 @@ from torch import nn
 from . import __version__
 from .augmentations import Views
 from .cluster_study import source_features
-from .clustering import Clusters, capture_clusters, kmeans, label_clusters
+from .clustering import Clusters, capture_clusters, central_clusters, kmeans, label_clusters, load_clusters
 from .core import MarsclrError, whole, write_json
 from .downloads import digest
 from .encoders import Stages, create_encoder, encode, fast_bf16, load_encoder, pick_device, save_encoder, width
@@ -42,6 +42,7 @@ recipes = {
     'mixed-domain': dict(pool='mixed'),
     **{f'cluster-aware, {o}': dict(loss='cluster_aware', clusters=o) for o in cluster_sources},
     **{f'eq. 2, view positives, {o}': dict(loss='view_positives', clusters=o) for o in cluster_sources},
+    'cluster-aware, central pixels + capture': dict(loss='cluster_aware', clusters='central pixels + capture'),
     'elimination, pixels + capture': dict(loss='elimination', clusters='pixels + capture'),
     'attraction, pixels + capture': dict(loss='attraction', clusters='pixels + capture'),
     'Curiosity only': dict(pool='curiosity'),
@@ -132,6 +133,7 @@ def clusters(self:Lab,
     if path.exists(): return path
     if source == 'capture': found = capture_clusters(pool)
     elif source == 'true classes': found = label_clusters(pool)
+    elif source.startswith('central '): found = central_clusters(load_clusters(self.clusters(source.removeprefix('central '), k, seed), pool))
     else:
         texture = self.to/f'texture-seed{seed}'
         if source.startswith('texture'): texture_clusters(pool, texture, seed=seed, save_every=5, **self.settings['texture'])

@@ -52,7 +52,7 @@ presets = dict(
         pretrain=dict(yard, backbone='resnet10t', image_size=32, epochs=10, crop_min=.08, crop_max=.6))))
 
 # %% ../nbs/07f_chain.ipynb #814597c1
-cells = dict(groups={k: v for k,v in groups.items() if k not in ('ablations', 'recommended', 'longer', 'cross_validation')}, labels=[1, 5, 10, 20, 50, 100], draws=10, packs=['MSL v2.1', 'HiRISE v3.2 subset'], k={'pixels + capture': 14, 'eq. 1 features': 3, 'texture': 150})
+cells = dict(groups={k: v for k,v in groups.items() if k not in ('ablations', 'recommended', 'longer', 'cross_validation')}, labels=[1, 5, 10, 20, 50, 100], draws=10, packs=['MSL v2.1', 'HiRISE v3.2 subset'], k={'pixels + capture': 14, 'central pixels + capture': 14, 'eq. 1 features': 3, 'texture': 150})
 
 presets |= dict(
     laptop=dict(

@@ -101,4 +101,14 @@ def test_features_and_file_names_together():
     torn = pd.Series(found.ids).groupby(capture.ids).nunique()
     f'{(torn > 1).sum()} of {capture.k} bursts were torn apart before, none now'
 
+
+def test_purer_clusters():
+    six = Clusters(np.array([0, 0, 0, 0, 1, 1]), np.float32([3, 1, 2, 4, 1, 0]), 'by hand', 'a pack')
+    test_eq(central_clusters(six).ids, [0, 1, 1, 2, 3, 4])
+    test_eq(central_clusters(six, 1).ids, six.ids)
+    other = Clusters(np.array([0, 0, 1, 1, 1, 1]), np.zeros(6, np.float32), 'another', 'a pack')
+    test_eq(agreed_clusters(six, other).ids, [0, 0, 1, 1, 2, 2])
+    with expect_fail(MarsclrError, 'give one above 0'): central_clusters(six, 0)
+    with expect_fail(MarsclrError, 'cannot agree'): agreed_clusters(six, Clusters(six.ids, six.distances, 'x', 'elsewhere'))
+
     shutil.rmtree(tmp)

@@ -14,7 +14,7 @@ from torch import nn
 from marsclr import __version__
 from marsclr.augmentations import Views
 from marsclr.cluster_study import source_features
-from marsclr.clustering import Clusters, capture_clusters, kmeans, label_clusters
+from marsclr.clustering import Clusters, capture_clusters, central_clusters, kmeans, label_clusters, load_clusters
 from marsclr.core import MarsclrError, whole, write_json
 from marsclr.downloads import digest
 from marsclr.encoders import Stages, create_encoder, encode, fast_bf16, load_encoder, pick_device, save_encoder, width
@@ -28,6 +28,7 @@ from IPython.utils.capture import capture_output
 from marsclr.core import read_json
 from marsclr.homogeneity import leaves_pack, yard_pack
 from marsclr.linear_evaluation import probe
+from marsclr.cluster_quality import pair_quality
 from marsclr.methods import *
 
 
@@ -85,6 +86,13 @@ def test_from_a_method_to_an_encoder():
     test_eq([config[o]['epochs'] for o in ('eq. 1', 'half and half')], [1, 2])
     test_eq(config['cluster-aware, pixels + capture']['clusters_fingerprint'], config['attraction, pixels + capture']['clusters_fingerprint'])
     {o: c['clusters'] for o,c in config.items() if c.get('clusters')}
+
+    central = load_clusters(lab.clusters('central pixels + capture', 4, 42), lab.packs['pool'])
+    whole_clusters = load_clusters(lab.clusters('pixels + capture', 4, 42), lab.packs['pool'])
+    assert central.k > whole_clusters.k
+    purer = [pair_quality(o.ids, lab.packs['pool'].table.label.to_numpy())['purity'] for o in (central, whole_clusters)]
+    assert purer[0] > purer[1]
+    central, purer
 
     before = (made['DCL']/'encoder.safetensors').stat().st_mtime
     (made['DCL']/'made.json').unlink()
