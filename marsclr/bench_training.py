@@ -14,7 +14,6 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np, pandas as pd, torch
-from fastcore.script import store_true
 from matplotlib import pyplot as plt
 from .augmentations import Views
 from .bench import bench_augment, bench_loss, compose, installed, machine, measure_alone, ratio_figure, summary, take_turns
@@ -266,7 +265,7 @@ def marsclr_bench(
     to:str='',     # the CSV file to write, and a picture beside it; bench-WHAT.csv by default
     rounds:int=7,  # that count, after those that warm up
     threads:int=1, # of torch
-    explain:store_true=False, # train: only say what a step waits for, with the next four
+    explain:bool=False, # train: only say what a step waits for, with the next four
     pack:str='',          # pack folder to train on; MarsYard by default
     backbone:str='resnet18',
     image_size:int=64,    # side of the views, pixels

@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np, pandas as pd, torch
-from fastcore.script import store_true
 from fastprogress import progress_bar
 from matplotlib import pyplot as plt
 from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score, silhouette_score
@@ -146,7 +145,7 @@ def marsclr_cluster(
     pack:str,        # pack folder; several, separated by commas, are one, as for marsclr_pretrain
     source:str='features', # texture, features, pixels, capture or labels
     clusters:int=150, # how many (K); 0: as many as three seeds agree on most (features and pixels)
-    bursts:store_true=False, # features and pixels: images of one sol, camera and sequence share their mean, and so their cluster
+    bursts:bool=False, # features and pixels: images of one sol, camera and sequence share their mean, and so their cluster
     to:str='',       # the .npz file to write; PACK.SOURCE.npz by default (PACK without `.pack`)
     run:str='',      # run folder of marsclr_pretrain: whose features, or what texture begins with; random weights if not given
     backbone:str='resnet18', # timm name of the network, if no run is given
@@ -178,5 +177,3 @@ def marsclr_cluster(
     found.save(to)
     print(f'{found}: {to}, {to.with_suffix(".png")}')
     print(pd.Series(cluster_row(found, data)).round(4).to_string())
-
-

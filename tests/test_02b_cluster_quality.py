@@ -3,7 +3,6 @@
 from functools import partial
 from pathlib import Path
 import numpy as np, pandas as pd, torch
-from fastcore.script import store_true
 from fastprogress import progress_bar
 from matplotlib import pyplot as plt
 from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score, silhouette_score

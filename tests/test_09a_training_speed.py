@@ -5,7 +5,6 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 import numpy as np, pandas as pd, torch
-from fastcore.script import store_true
 from matplotlib import pyplot as plt
 from marsclr.augmentations import Views
 from marsclr.bench import bench_augment, bench_loss, compose, installed, machine, measure_alone, ratio_figure, summary, take_turns
