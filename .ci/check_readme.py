@@ -1,0 +1,110 @@
+"""Run what a page tells its readers to run, as it is printed: `python check_readme.py README.md SCRATCH`.
+
+Shell commands come from fenced bash blocks and from indented blocks, Python from fenced python blocks and from indented lines that
+call timm. They run one after the other in the folder SCRATCH, in which the example's images and labels are made from MarsYard.
+Three kinds are not run to their end, and the output says so:
+- what needs an archive or the network (`marsclr_fetch`, `--data msl`) is only parsed, with all its options;
+- `marsclr_reproduce` is stopped after a minute, and has to end as a stopped command does: one line, status 143;
+- what sets up an environment (`pip`, `nbdev_test`, `pytest`) is left to .ci/run, in whose environment this runs.
+"""
+import re, signal, subprocess, sys, time
+from pathlib import Path
+
+PATIENCE = 60  # seconds for marsclr_reproduce
+UNKNOWN = '--unknown'
+
+
+def blocks(text):
+    "Pairs of language and source, in the order of the page"
+    for fence, indented in re.findall(r'^```(\w+\n.*?)^```|^((?:    [^\n]*\n)+)', text, flags=re.M | re.S):
+        if fence:
+            language, source = fence.split('\n', 1)
+            yield language, source
+        else: yield 'bash', '\n'.join(o[4:] for o in indented.splitlines())
+
+
+def commands(source):
+    "The commands of a shell block, without comments; lines that end in a backslash go on"
+    for line in re.sub(r'\\\n\s*', '', source).splitlines():
+        for part in re.sub(r'\s+#.*$', '', line).split('&&'):
+            if part.strip(): yield part.strip()
+
+
+def prepare(folder):
+    "my-images, as somebody's own folder, and labeled.pack"
+    from marsclr.marsyard import write_marsyard
+    write_marsyard(folder/'my-images', n=96, size=64)
+    write_marsyard(folder/'yard', n=96, size=64, seed=1)
+    subprocess.run(['marsclr_pack', 'msl', 'labeled.pack', '--root', 'yard', '--size', '64'], cwd=folder, check=True)
+
+
+def fail(line, done):
+    sys.exit(f'{line}\nended with status {done.returncode}:\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}')
+
+
+def check_quiet(line, done):
+    if 'Warning' in done.stderr: fail(f"a library's warning on the screen of: {line}", done)
+
+
+def parse_only(line, folder):
+    "The command line is understood, up to an option that does not exist"
+    line = re.sub(r'^\w+=\S+ ', '', line)
+    done = subprocess.run(f'{line} {UNKNOWN}', shell=True, cwd=folder, capture_output=True, text=True)
+    if not done.stderr.rstrip().endswith(f'unrecognized arguments: {UNKNOWN}'): fail(line, done)
+
+
+def run_until(line, folder, seconds):
+    "A long command, stopped if it is not done by then"
+    process = subprocess.Popen(['bash', '-c', f'exec {line}'], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try: out, err = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGTERM)
+        out, err = process.communicate(timeout=60)
+    done = subprocess.CompletedProcess(line, process.returncode, out, err)
+    last = (err.splitlines() or [''])[-1]
+    if done.returncode not in (0, 128 + signal.SIGTERM): fail(line, done)
+    if done.returncode and 'stopped' not in last: fail(line, done)
+    check_quiet(line, done)
+
+
+def run_whole(line, folder):
+    done = subprocess.run(['bash', '-c', line], cwd=folder, capture_output=True, text=True)
+    if done.returncode: fail(line, done)
+    check_quiet(line, done)
+
+
+def run_command(line, folder):
+    if re.match(r'pip |nbdev_test|pytest ', line): return 'left to .ci/run'
+    if line.startswith('timm.'):
+        run_whole(f'python -W ignore -c "import timm; {line}"', folder)
+        return 'ran'
+    if 'marsclr_fetch' in line or '--data msl' in line:
+        parse_only(line, folder)
+        return 'parsed'
+    if line.startswith('marsclr_reproduce'):
+        run_until(line, folder, PATIENCE)
+        return f'ran, for {PATIENCE} s at most'
+    run_whole(line, folder)
+    return 'ran'
+
+
+def main(page, folder):
+    folder.mkdir(parents=True, exist_ok=True)
+    prepare(folder)
+    ran = 0
+    for language, source in blocks(page.read_text(encoding='utf-8')):
+        if language == 'text': continue
+        if language == 'python':
+            (folder/'page.py').open('a').write(source)
+            continue
+        for line in commands(source):
+            began = time.perf_counter()
+            how = run_command(line, folder)
+            print(f'{how} ({time.perf_counter()-began:.0f} s): {line}', flush=True)
+            ran += how == 'ran'
+    run_whole(f'{sys.executable} page.py', folder)
+    print('ran: the python blocks')
+    if ran < 8: sys.exit(f'only {ran} commands of {page} ran: has its form changed?')
+
+
+if __name__ == '__main__': main(Path(sys.argv[1]).resolve(), Path(sys.argv[2]).resolve())
