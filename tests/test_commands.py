@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate.commands.launch import launch_command_parser
 from forked import Script, scripts
 
 from marsclr.marsyard import write_marsyard
@@ -88,6 +89,7 @@ def base(tmp_path_factory):
     for line in GOOD:
         status, _, err = call(base, line, tmp_path_factory.mktemp('out'))
         assert status == 0, f'{line}: {err}'
+        assert 'Warning' not in err, f'{line}: {err}'
     spoil(base)
     return base
 
@@ -104,6 +106,45 @@ def test_help_names_every_option(name, tmp_path):
     function = inspect.unwrap(scripts[name].load())
     assert function.__doc__ in ' '.join(text.split())
     for k, v in inspect.signature(function).parameters.items(): assert (k if v.default is v.empty else f'--{k}') in text.split()
+
+
+def every_option(name):
+    "A command line with all options of a command, in underscores"
+    words = [name]
+    for k, v in inspect.signature(inspect.unwrap(scripts[name].load())).parameters.items():
+        if v.default is v.empty: words.append('somewhere')
+        elif v.annotation is bool: words.append(f'--{k}')
+        else: words += [f'--{k}', str(v.default) or 'x']
+    return words
+
+
+@pytest.mark.parametrize('spelling', ['_', '-'])
+@pytest.mark.parametrize('name', sorted(set(scripts) - {'marsclr_launch'}))
+def test_every_option_is_understood_in_both_spellings(name, spelling, tmp_path):
+    words = [o.replace('_', spelling) if o.startswith('--') else o for o in every_option(name)]
+    status, out, err = call(tmp_path, ' '.join(words + ['--unknown']), tmp_path)
+    assert (status, err.splitlines()[-1]) == (2, f'{name}: error: unrecognized arguments: --unknown'), err
+    assert 'Warning' not in err
+
+
+def test_the_launcher_understands_both_spellings():
+    options = {o for a in launch_command_parser()._actions for o in a.option_strings if o.startswith('--')}
+    both = [o for o in options if '_' in o]
+    assert len(both) > 30 and all('--' + o[2:].replace('_', '-') in options for o in both)
+
+
+def test_no_command_shows_the_warning_of_a_library(base, tmp_path):
+    "In processes of their own, which import everything anew"
+    for line in ('marsclr_pretrain --help', 'marsclr_launch --help', 'marsclr_cluster yard.pack --source capture --to quiet.npz'):
+        script = Path(sys.executable).parent/line.split()[0]
+        done = subprocess.run([script, *line.split()[1:]], cwd=base, capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (0, ''), line
+    for o in ('quiet.npz', 'quiet.png'): (base/o).unlink()
+
+
+def test_windows_is_refused_in_one_line():
+    done = subprocess.run([sys.executable, '-c', "import sys; sys.platform = 'win32'; import marsclr"], capture_output=True, text=True)
+    assert 'on Windows, use it in the Windows Subsystem for Linux' in done.stderr.splitlines()[-1]
 
 
 def test_the_installed_script_is_what_the_other_tests_call(base, tmp_path):
