@@ -48,7 +48,7 @@ presets = dict(
     references=dict(msl=dict(size=128)),
     purity=dict(marsyard=dict(
         images=1000, labeled=2400, classes=10, yard=dict(size=64, homogeneity=.6), seeds=[42, 43, 44],
-        ways=[('wrong', 0), ('wrong', .1), ('wrong', .2), ('wrong', .4), ('wrong', .7), ('wrong', 1), ('cut', 3), ('cut', 10), ('merged', 2), ('merged', 5)],
+        ways=[('wrong', 0), ('wrong', .4), ('wrong', .2), ('wrong', 1), ('cut', 4), ('merged', 2), ('wrong', .7), ('merged', 5)],
         pretrain=dict(yard, backbone='resnet10t', image_size=32, epochs=10, crop_min=.08, crop_max=.6))))
 
 # %% ../nbs/07f_chain.ipynb #814597c1
