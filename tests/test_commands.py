@@ -16,6 +16,7 @@ import torch
 from forked import Script, scripts
 
 from marsclr.marsyard import write_marsyard
+from marsclr.pixels import _retagged
 
 SMALL = '--backbone resnet10t --image_size 32 --batch_size 16 --epochs 1 --device cpu'
 BAD = [o.split(' -> ') for o in (Path(__file__).parent/'bad_input.txt').read_text().splitlines() if o and o[0] != '#']
@@ -44,6 +45,9 @@ def copy_run(base, name, files):
 def spoil(base):
     "Everything that is wrong, each thing in a place of its own"
     (base/'empty').mkdir()
+    (base/'bands').mkdir()
+    five = {256: [8], 257: [8], 258: [16]*5, 259: [1], 262: [1], 277: [5], 278: [8], 273: [8], 279: [640]}
+    (base/'bands'/'five.tif').write_bytes(_retagged(bytes(648), '<', five))
     (base/'truncated').mkdir()
     image = next((base/'yard'/'images').iterdir()).read_bytes()
     (base/'truncated'/'half.jpg').write_bytes(image[:len(image)//2])
