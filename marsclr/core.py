@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MarsclrError', 'one_line', 'Stopped', 'on_signal', 'command', 'whole', 'write_json', 'read_json', 'alone', 'cut_off',
-           'append_rows', 'data_root', 'mix64', 'addressed_uniform', 'epoch_order']
+           'append_rows', 'read_lines', 'data_root', 'mix64', 'addressed_uniform', 'epoch_order']
 
 # %% ../nbs/00_core.ipynb #3c603fd0
 import errno, fcntl, json, os, re, shutil, signal, sys, tempfile, threading
@@ -174,6 +174,21 @@ def append_rows(
         if extra := [o for o in new if o not in columns]: raise MarsclrError(f'{path} has no column {extra[0]!r}: it is another table; move it away')
         new = new.reindex(columns=columns)
     with whole(path) as p: p.write_text(before + new.to_csv(index=False, header=not before, float_format='%.6g'))
+
+# %% ../nbs/00_core.ipynb #c0b4c566
+def read_lines(
+    path, # a text file that a user hands over
+) -> list: # its lines, without byte-order mark, line ends and trailing blanks
+    "The lines of a text file in UTF-8; any other is a `MarsclrError`"
+    try: data = Path(path).read_bytes()
+    except OSError as e: raise MarsclrError(f'{path} cannot be read: {e.strerror}') from e
+    if data[:2] in (b'\xff\xfe', b'\xfe\xff'): raise MarsclrError(f'{path} is text in UTF-16: save it as UTF-8')
+    try: text = data.decode('utf-8-sig')
+    except UnicodeDecodeError as e:
+        where = f'byte {data[e.start]:#x} in line {data[:e.start].count(10)+1}'
+        raise MarsclrError(f'{path} is not a text file in UTF-8 ({where}): save it as one') from e
+    if '\0' in text: raise MarsclrError(f'{path} is not a text file')
+    return [o.rstrip() for o in re.split('\r\n|\r|\n', text)]
 
 # %% ../nbs/00_core.ipynb #0e5a5e85
 def data_root() -> Path: # `$MARSCLR_DATA`, else `~/.cache/marsclr` (or `$XDG_CACHE_HOME/marsclr`)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np, pandas as pd
 from PIL import Image
-from .core import MarsclrError, data_root
+from .core import MarsclrError, data_root, read_lines
 
 # %% ../nbs/00_datasets.ipynb #d044d222
 _grammars = [
@@ -79,29 +79,44 @@ def _folder(path, what):
     return path
 
 def _lines(path):
+    "(number, text) of each line that is not empty"
     if not Path(path).is_file(): raise MarsclrError(f'{path} is missing: the archive is incomplete')
-    try: return Path(path).read_text().splitlines()
-    except UnicodeDecodeError as e: raise MarsclrError(f'{path} is not a text file') from e
+    return [(i, o.strip()) for i,o in enumerate(read_lines(path), 1) if o.strip()]
+
+def _unquoted(text):
+    "A field without the quotes that spreadsheets put around it"
+    return text[1:-1].replace('""', '"') if len(text) > 1 and text[0] == text[-1] == '"' else text
+
+_between = r'[\s,;]+'
+_field = r'"(?:[^"]|"")*"'
 
 def read_classes(
-    path, # a file with `ID,NAME` lines (commas or white space)
+    path, # a file with `ID,NAME` lines (commas, semicolons or white space)
 ) -> list: # class names by id
     "Class names of an archive"
-    rows = [re.split(r'[,\s]+', o.strip(), maxsplit=1) for o in _lines(path) if o.strip()]
-    if [o[0] for o in rows] != [str(i) for i in range(len(rows))] or min(map(len, rows), default=2) < 2: raise MarsclrError(f'{path}: ids must run from 0 up, one `ID,NAME` a line')
-    return [o[1] for o in rows]
+    classes = []
+    for i,line in _lines(path):
+        m = re.fullmatch(rf'"?(\d+)"?{_between}({_field}|.*[^\s,;])[\s,;]*', line)
+        if not m or int(m[1]) != len(classes):
+            raise MarsclrError(f'{path}, line {i}: ids must run from 0 up, here `{len(classes)},NAME`; found {line!r}')
+        classes.append(_unquoted(m[2]))
+    return classes
+
+# %% ../nbs/00_datasets.ipynb #3d6b617a
+_label_line = re.compile(rf'({_field}|\S+?){_between}"?(\d+)"?(?:{_between}"?(train|val|test)"?)?[\s,;]*')
 
 def read_labels(
-    path,    # a file with `NAME ID` lines, or `NAME ID SPLIT`
+    path,    # a file with `NAME ID` lines, or `NAME ID SPLIT`; commas or semicolons may stand between, too
     classes, # class names by id
 ) -> pd.DataFrame: # name, label and, if the file has it, split; repeated lines dropped
     "The labels of an archive"
     rows = []
-    for i,o in enumerate(_lines(path), 1):
-        m = re.fullmatch(r'(\S+)\s+(\d+)(?:\s+(train|val|test))?', o.strip())
-        if o.strip() and not m: raise MarsclrError(f'{path}, line {i}: expected `NAME ID` or `NAME ID SPLIT`, found {o.strip()!r}')
-        if m and int(m[2]) >= len(classes): raise MarsclrError(f'{path}, line {i}: class {m[2]} is not among the {len(classes)} of the class map')
-        if m: rows.append((m[1], int(m[2]), m[3] or ''))
+    for i,line in _lines(path):
+        m = _label_line.fullmatch(line)
+        if not m: raise MarsclrError(f'{path}, line {i}: expected `NAME ID` or `NAME ID SPLIT`, found {line!r}')
+        if int(m[2]) >= len(classes):
+            raise MarsclrError(f'{path}, line {i}: class {m[2]} is not among the {len(classes)} of the class map')
+        rows.append((_unquoted(m[1]), int(m[2]), m[3] or ''))
     df = pd.DataFrame(rows, columns=['name', 'label', 'split']).astype({'label': int}).drop_duplicates()
     twice = df.name[df.name.duplicated()]
     if len(twice): raise MarsclrError(f'{path}: {twice.iloc[0]} has more than one label or split')

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 import numpy as np, pandas as pd
 from PIL import Image
-from marsclr.core import MarsclrError, data_root
+from marsclr.core import MarsclrError, data_root, read_lines
 from fastcore.test import *
 import matplotlib.pyplot as plt, tempfile
 from marsclr.datasets import *
@@ -43,6 +43,18 @@ def test_reading_labels_without_trusting_them():
         (d/'labels.txt').write_text('a.jpg 0\nb.jpg sand\n')
         with expect_fail(MarsclrError, "line 2: expected `NAME ID`"): read_labels(d/'labels.txt', classes)
     df
+
+    with tempfile.TemporaryDirectory() as d:
+        d = Path(d)
+        (d/'classes.csv').write_bytes(b'\xef\xbb\xbf"0","Rock, float"\r\n1,Close-up rock,,\r\n')
+        (d/'labels.txt').write_bytes(b'\xef\xbb\xbfa.jpg,0,train \r\n"my ""best"" b.jpg",1,test\r\nc,1.jpg 1\r\n')
+        classes = read_classes(d/'classes.csv')
+        test_eq(classes, ['Rock, float', 'Close-up rock'])
+        test_eq(read_labels(d/'labels.txt', classes).values.tolist(),
+                [['a.jpg', 0, 'train'], ['my "best" b.jpg', 1, 'test'], ['c,1.jpg', 1, '']])
+        (d/'classes.csv').write_text('id,name\n0,Rock\n')
+        with expect_fail(MarsclrError, "line 1: ids must run from 0 up, here `0,NAME`; found 'id,name'"): read_classes(d/'classes.csv')
+    classes
 
 
 @needs_real_images

@@ -54,7 +54,8 @@ def spoil(base):
     for name, line in (('stray', 'nobody.jpg 1'), ('outside', 'nobody.jpg 99')):
         shutil.copytree(base/'yard', base/name)
         with open(base/name/'train-set-v2.1.txt', 'a') as f: f.write(line + '\n')
-    (Path(shutil.copytree(base/'yard', base/'binary'))/'class_map.csv').write_bytes(b'\xff\xfe')
+    for name, data in (('binary', b'\x89PNG'), ('utf16', '0,Rock'.encode('utf-16')), ('header', b'\xef\xbb\xbfid,name\r\n0,Rock\r\n')):
+        (Path(shutil.copytree(base/'yard', base/name))/'class_map.csv').write_bytes(data)
     (copy_pack(base, 'imageless.pack')/'images.npy').unlink()
     for name, size in (('short.pack', 5000), ('hollow.pack', 0)): os.truncate(copy_pack(base, name)/'images.npy', size)
     np.save(copy_pack(base, 'crafted.pack')/'images.npy', np.array([Crafted()], dtype=object), allow_pickle=True)
