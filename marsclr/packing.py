@@ -330,6 +330,7 @@ def marsclr_pack(
     range:str='',   # LOW,HIGH: values that become black and white in images of more than 8 bits; found by default
     bands:str='',   # the bands of a TIFF that are red, green and blue, as 3,2,1; or one, for grey
     max_megapixels:int=178, # images that claim to be larger are refused
+    follow_links:bool=False, # for `folder`: enter folders that are links, too
 ):
     "Decode an archive of images once, into a pack that every other command reads"
     if layout not in layouts: raise MarsclrError(f'layout {layout!r} is not known: choose from {" ".join(layouts)}')
@@ -337,6 +338,9 @@ def marsclr_pack(
     if workers < 0: raise MarsclrError(f'--workers {workers}: give 0 or more')
     reading = _reading(range, bands, max_megapixels)
     if Path(to).exists(): raise MarsclrError(f'{to} exists: remove it or give another folder')
-    pack = pack_archive(layouts[layout](root or None), to, size, workers or None, progress=True, reading=reading)
+    if follow_links and layout != 'folder': raise MarsclrError('--follow_links goes with layout folder')
+    archive = image_folder(root, follow=True) if follow_links else layouts[layout](root or None)
+    if archive.left_out: print(f'left out: {archive.left_out}', flush=True)
+    pack = pack_archive(archive, to, size, workers or None, progress=True, reading=reading)
     bad = read_json(Path(to)/'pack.json')['quarantined']
     print(f'{pack}\n{bad} files could not be read' + (f', see {to}/quarantine.csv' if bad else ''))

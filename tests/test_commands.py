@@ -46,6 +46,8 @@ def spoil(base):
     "Everything that is wrong, each thing in a place of its own"
     (base/'empty').mkdir()
     (base/'bands').mkdir()
+    (base/'fits').mkdir()
+    for o in ('a.fits', 'b.IMG', 'c.dcm', '.hidden'): (base/'fits'/o).touch()
     five = {256: [8], 257: [8], 258: [16]*5, 259: [1], 262: [1], 277: [5], 278: [8], 273: [8], 279: [640]}
     (base/'bands'/'five.tif').write_bytes(_retagged(bytes(648), '<', five))
     (base/'truncated').mkdir()

@@ -385,6 +385,27 @@ def test_permissions(tmp_path_factory):
         (d/'in'/'locked').chmod(0o755)
 
 
+def test_what_is_passed_over_is_counted_and_jp2_is_read(tmp_path, capsys):
+    image = scene(np.random.default_rng(0))
+    (tmp_path/'a'/'.hidden').mkdir(parents=True)
+    for name in ('x.jpg', 'y.jp2', '.hidden/z.jpg', 'w.ppm', 'v.jfif'): image.save(tmp_path/'a'/name, {'.jp2': 'JPEG2000', '.ppm': 'PPM'}.get(Path(name).suffix, 'JPEG'))
+    image.save(tmp_path/'a'/'noext', 'PNG')
+    (tmp_path/'more').mkdir()
+    image.save(tmp_path/'more'/'u.png')
+    (tmp_path/'a'/'link').symlink_to(tmp_path/'more')
+    (tmp_path/'more'/'round').symlink_to(tmp_path/'a')
+    marsclr_pack(['folder', str(tmp_path/'plain'), '--root', str(tmp_path/'a'), '--size', '32'])
+    said = capsys.readouterr().out.splitlines()
+    left = next(o for o in said if o.startswith('left out: '))
+    assert left == ('left out: 2 files of other kinds: hidden 1, no suffix 1'
+                    '; 1 linked folder (--follow_links reads what is in there)')
+    pack = load_pack(tmp_path/'plain')
+    assert pack.table.path.tolist() == ['v.jfif', 'w.ppm', 'x.jpg', 'y.jp2']
+    assert (pack[range(4)].float() - pack[1].float()).abs().mean() < 4
+    marsclr_pack(['folder', str(tmp_path/'all'), '--root', str(tmp_path/'a'), '--size', '32', '--follow_links'])
+    assert load_pack(tmp_path/'all').table.path.tolist() == ['link/u.png', 'v.jfif', 'w.ppm', 'x.jpg', 'y.jp2']
+
+
 # --- kills
 
 def pack_slowly(root, to, out):
