@@ -18,6 +18,7 @@ from fastcore.basics import patch
 from fastprogress import progress_bar
 from .core import MarsclrError, _to_disk, alone, command, cut_off, one_line, read_json
 from .datasets import Archive, hirise, image_folder, imagenet, join_classes, msl, rovers
+from .labels import class_folders, settle_split, with_labels
 from .reading import Reading, decode, pillow_limit, read_image, survey_values
 
 # %% ../nbs/00b_packing.ipynb #f93702bf
@@ -100,7 +101,7 @@ def beside(
 
 def _open(path, meta):
     table = pd.read_csv(path/'table.csv', keep_default_na=False, na_values={'time': ['']}, encoding_errors='surrogateescape',
-                        dtype={c: str for c in ('path', 'domain', 'split', 'rover', 'camera', 'sequence', 'sha256')})
+                        dtype={c: str for c in ('path', 'domain', 'split', 'rover', 'camera', 'sequence', 'group', 'sha256')})
     return Pack([np.load(path/'images.npy', mmap_mode='r')], table, meta['classes'], meta['name'])
 
 # %% ../nbs/00b_packing.ipynb #25888474
@@ -301,7 +302,7 @@ def pack_archive(
     return pack
 
 # %% ../nbs/00b_packing.ipynb #3cb18c4b
-layouts = dict(folder=image_folder, msl=msl, hirise=hirise, imagenet=imagenet, rovers=rovers)
+layouts = dict(folder=image_folder, classes=class_folders, msl=msl, hirise=hirise, imagenet=imagenet, rovers=rovers)
 
 def _numbers(option, text, kind, counts):
     "An option's numbers, `a,b,...`; `counts` says how many there may be"
@@ -319,28 +320,43 @@ def _reading(range, bands, max_megapixels):
     if max_megapixels < 1: raise MarsclrError(f'--max_megapixels {max_megapixels}: give 1 or more')
     return Reading(low_high, '', chosen, max_megapixels*10**6)
 
+# %% ../nbs/00b_packing.ipynb #6a27aa0d
+def _labeled(archive, labels, group_by, seed):
+    "The archive with its labels and a split, and what is to be said of them"
+    if labels: archive = with_labels(archive, labels)
+    archive,how = settle_split(archive, group_by, seed)
+    n = (archive.table.label >= 0).sum()
+    print(f'labels: {n} of {len(archive)} images, {len(archive.classes)} classes' + f'; {how}'*bool(how), flush=True)
+    return archive
+
 # %% ../nbs/00b_packing.ipynb #8d4059c5
 @command
 def marsclr_pack(
-    layout:str,     # folder, msl, hirise, imagenet or rovers: how the archive is laid out
+    layout:str,     # folder, classes (a folder a class), msl, hirise, imagenet or rovers: how the archive is laid out
     to:str,         # the pack folder to make
-    root:str='',    # where the archive lies; for all but `folder`, its place under $MARSCLR_DATA by default
+    root:str='',    # where the archive lies; for all but `folder` and `classes`, its place under $MARSCLR_DATA by default
     size:int=192,   # side of the packed images, pixels
     workers:int=0,  # decoding threads; 0: one a core
     range:str='',   # LOW,HIGH: values that become black and white in images of more than 8 bits; found by default
     bands:str='',   # the bands of a TIFF that are red, green and blue, as 3,2,1; or one, for grey
     max_megapixels:int=178, # images that claim to be larger are refused
-    follow_links:bool=False, # for `folder`: enter folders that are links, too
+    follow_links:bool=False, # for `folder` and `classes`: enter folders that are links, too
+    labels:str='',  # for `folder`: a CSV file of path, label, and perhaps split and group
+    group_by:str='burst', # where labels come without a split: what it must not cross, burst or day
+    seed:int=42,    # of that split
 ):
     "Decode an archive of images once, into a pack that every other command reads"
     if layout not in layouts: raise MarsclrError(f'layout {layout!r} is not known: choose from {" ".join(layouts)}')
-    if layout == 'folder' and not root: raise MarsclrError('layout folder needs --root: the folder of images')
+    own = layout in ('folder', 'classes')
+    if own and not root: raise MarsclrError(f'layout {layout} needs --root: the folder of images')
+    if follow_links and not own: raise MarsclrError('--follow_links goes with layouts folder and classes')
+    if labels and layout != 'folder': raise MarsclrError('--labels goes with layout folder')
     if workers < 0: raise MarsclrError(f'--workers {workers}: give 0 or more')
     reading = _reading(range, bands, max_megapixels)
     if Path(to).exists(): raise MarsclrError(f'{to} exists: remove it or give another folder')
-    if follow_links and layout != 'folder': raise MarsclrError('--follow_links goes with layout folder')
-    archive = image_folder(root, follow=True) if follow_links else layouts[layout](root or None)
+    archive = layouts[layout](root, follow=follow_links) if own else layouts[layout](root or None)
     if archive.left_out: print(f'left out: {archive.left_out}', flush=True)
+    if labels or layout == 'classes': archive = _labeled(archive, labels, group_by, seed)
     pack = pack_archive(archive, to, size, workers or None, progress=True, reading=reading)
     bad = read_json(Path(to)/'pack.json')['quarantined']
     print(f'{pack}\n{bad} files could not be read' + (f', see {to}/quarantine.csv' if bad else ''))

@@ -11,6 +11,7 @@ from fastcore.basics import patch
 from fastprogress import progress_bar
 from marsclr.core import MarsclrError, _to_disk, alone, command, cut_off, one_line, read_json
 from marsclr.datasets import Archive, hirise, image_folder, imagenet, join_classes, msl, rovers
+from marsclr.labels import class_folders, settle_split, with_labels
 from marsclr.reading import Reading, decode, pillow_limit, read_image, survey_values
 import tempfile, zlib
 from contextlib import redirect_stdout

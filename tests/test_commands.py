@@ -46,6 +46,11 @@ def spoil(base):
     "Everything that is wrong, each thing in a place of its own"
     (base/'empty').mkdir()
     (base/'bands').mkdir()
+    (base/'own.csv').write_bytes(b'\xef\xbb\xbfpath,label\r\nnobody.jpg,rock\r\n')
+    (base/'half.csv').write_text('path,label\nx.jpg,rock\nnobody.jpg\n')
+    for i, name in enumerate(('sand', 'rock')):
+        (base/'classes'/name).mkdir(parents=True)
+        shutil.copy(next((base/'yard'/'images').iterdir()), base/'classes'/name/f'{i}.jpg')
     (base/'fits').mkdir()
     for o in ('a.fits', 'b.IMG', 'c.dcm', '.hidden'): (base/'fits'/o).touch()
     five = {256: [8], 257: [8], 258: [16]*5, 259: [1], 262: [1], 277: [5], 278: [8], 273: [8], 279: [640]}
