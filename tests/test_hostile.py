@@ -19,7 +19,7 @@ from fastcore.test import expect_fail
 from forked import forks
 from PIL import Image
 
-from marsclr import packing, reading
+from marsclr import pack_writer, reading
 from marsclr.core import MarsclrError
 from marsclr.datasets import find_images, image_folder, msl, rovers
 from marsclr.marsyard import write_marsyard
@@ -411,12 +411,12 @@ def test_what_is_passed_over_is_counted_and_jp2_is_read(tmp_path, capsys):
 def pack_slowly(root, to, out):
     "As the command does, but with time to be killed in"
     os.dup2(os.open(out, os.O_CREAT | os.O_WRONLY | os.O_APPEND), 1)
-    fast, packing._Growing.rest = reading.decode, 2**18
+    fast, pack_writer.PackWriter.rest = reading.decode_pieces, 2**18
 
     def slow(file, *args):
         time.sleep(.001)
         return fast(file, *args)
-    reading.decode = slow
+    reading.decode_pieces = slow
     marsclr_pack(['msl', str(to), '--root', str(root), '--size', '48', '--workers', '2'])
 
 
