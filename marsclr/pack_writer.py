@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from fastcore.basics import patch
 from fastprogress import progress_bar
-from .core import MarsclrError, _to_disk, alone, cut_off
+from .core import MarsclrError, _to_disk, alone, check_writable, cut_off
 from .reading import read_pieces
 
 # %% ../nbs/00b_pack_writer.ipynb #25888474
@@ -161,6 +161,7 @@ def add(self:PackWriter, parts):
 @contextmanager
 def unfinished(to):
     "A hidden folder that becomes `to` when the block ends well; bad input removes it, anything else leaves it for the next run"
+    check_writable(to)
     tmp,new = to.parent/f'.{to.name}-partial',[p for p in to.parents if not p.exists()]
     with alone(tmp/'images.npy', f'{to} is being packed by another process: wait for it, or give another folder'), cut_off(tmp, f'what has been decoded is in {tmp}'):
         try:

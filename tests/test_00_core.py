@@ -103,6 +103,11 @@ def test_where_the_images_are():
     with patch.dict(os.environ, MARSCLR_DATA='', XDG_CACHE_HOME='/cache'): test_eq(data_root(), Path('/cache/marsclr'))
     with patch.dict(os.environ, MARSCLR_DATA='', XDG_CACHE_HOME=''): test_eq(data_root(), Path.home()/'.cache/marsclr')
 
+    with tempfile.TemporaryDirectory() as d, patch('os.access', lambda path, mode: False):
+        with expect_fail(MarsclrError, f'{d} cannot be written to: give another place for run (by --to'): check_writable(f'{d}/new/run')
+        with patch.dict(os.environ, MARSCLR_DATA=d):
+            with expect_fail(MarsclrError, 'set MARSCLR_DATA to a folder of yours'): check_writable(f'{d}/curiosity')
+
 
 def test_randomness_with_an_address():
     test_eq(mix64(torch.tensor(0)).item() % 2**64, 0xe220a8397b1dcdaf)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from fastcore.basics import patch
 from fastprogress import progress_bar
-from marsclr.core import MarsclrError, _to_disk, alone, cut_off
+from marsclr.core import MarsclrError, _to_disk, alone, check_writable, cut_off
 from marsclr.reading import read_pieces
 import tempfile
 from fastcore.test import *

@@ -406,6 +406,21 @@ def test_what_is_passed_over_is_counted_and_jp2_is_read(tmp_path, capsys):
     assert load_pack(tmp_path/'all').table.path.tolist() == ['link/u.png', 'v.jfif', 'w.ppm', 'x.jpg', 'y.jp2']
 
 
+def test_a_place_that_cannot_be_written_to_is_said_in_words(tmp_path_factory):
+    with_access = Path('/tmp') if not os.geteuid() else tmp_path_factory.getbasetemp()
+    with tempfile.TemporaryDirectory(dir=with_access) as d:
+        d = Path(d)
+        (d/'in').mkdir()
+        Image.new('RGB', (40, 40)).save(d/'in'/'a.jpg')
+        d.chmod(0o555)
+
+        def pack_it():
+            try: return str(pack_archive(image_folder(d/'in'), d/'new'/'p.pack', 32))
+            except MarsclrError as e: return str(e)
+        assert as_nobody(pack_it) == f'{d} cannot be written to: give another place for p.pack (by --to, or as the name of the pack or run)'
+        d.chmod(0o755)
+
+
 # --- kills
 
 def pack_slowly(root, to, out):
