@@ -20,12 +20,15 @@ from .reading import read_pieces
 
 # %% ../nbs/00b_pack_writer.ipynb #25888474
 def decode_ahead(paths, size, reading, workers=None, progress=False):
-    "A few images at a time, in order: the bytes of their pixels, and `Read`s without them; at most 64 MiB (or an image a thread) ahead"
+    "A few images at a time, in order: the bytes of their pixels, and `Read`s without them"
     def read(part):
         got = [read_pieces(p, size, reading) for p in part]
-        return b''.join(o.pixels.tobytes() for o in got if not o.reason), [o._replace(pixels=None) for o in got]
-    workers,few = workers or os.cpu_count(),1 if reading.tiles else max(1, min(16, 2**20//(3*size**2)))
-    ahead,starts = workers if reading.tiles else max(workers, 2**26//(3*size**2*few)),range(0, len(paths), few)
+        pixels = b''.join(o.pixels.tobytes() for o in got if not o.reason)
+        return pixels, [o._replace(pixels=None) for o in got]
+    workers,few = workers or os.cpu_count(),max(1, min(16, 2**20//(3*size**2)))
+    ahead = max(workers, 2**26//(3*size**2*few)) # at most 64 MiB, or an image a thread
+    if reading.tiles: few,ahead = 1,workers
+    starts = range(0, len(paths), few)
     pool,todo = ThreadPoolExecutor(workers),deque()
     try:
         for i in progress_bar(starts) if progress else starts:
@@ -70,7 +73,8 @@ class PackWriter:
         names = 'images.npy','table.csv','quarantine.csv'
         self.files = [os.fdopen(os.open(folder/o, os.O_RDWR | os.O_CREAT, 0o666), 'r+b') for o in names]
         self.left = os.fstat(self.files[1].fileno()).st_size > 0
-        columns = [*archive.table.columns, *(('image', 'tiles', 'x', 'y') if tiles else ()), 'sha256']
+        place = ('image', 'tiles', 'x', 'y') if tiles else ()
+        columns = [*archive.table.columns, *place, 'sha256']
         self.heads = [_header(0, size), _line(columns), _line(['path', 'reason'])]
         if not self._keep():
             for f,head in zip(self.files, self.heads):
@@ -108,7 +112,8 @@ def _keep(self:PackWriter):
 @patch
 def _squares_of(self:PackWriter, table, i, row, most):
     "How many lines come next that are of this image, if all that it has are there; else 0"
-    if not self.tiles: return int(most > 0 and _goes_on(table, _line([*row, ''])[:-1], rb'[0-9a-f]{64}\n'))
+    if not self.tiles:
+        return int(most > 0 and _goes_on(table, _line([*row, ''])[:-1], rb'[0-9a-f]{64}\n'))
     at,line,start = table.tell(),table.readline(),_line([*row, i, ''])[:-1]
     found = re.match(rb'(\d+),', line[len(start):]) if line.startswith(start) else None
     table.seek(at)
@@ -163,7 +168,8 @@ def unfinished(to):
     "A hidden folder that becomes `to` when the block ends well; bad input removes it, anything else leaves it for the next run"
     check_writable(to)
     tmp,new = to.parent/f'.{to.name}-partial',[p for p in to.parents if not p.exists()]
-    with alone(tmp/'images.npy', f'{to} is being packed by another process: wait for it, or give another folder'), cut_off(tmp, f'what has been decoded is in {tmp}'):
+    busy = f'{to} is being packed by another process: wait for it, or give another folder'
+    with alone(tmp/'images.npy', busy), cut_off(tmp, f'what has been decoded is in {tmp}'):
         try:
             if to.exists(): raise MarsclrError(f'{to} exists: remove it or give another folder')
             yield tmp

@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np, pandas as pd, torch
 from .core import MarsclrError, command, one_line, read_json, whole
 from .datasets import Archive, hirise, image_folder, imagenet, join_classes, msl, rovers
-from .labels import class_folders, settle_split, with_labels
+from .labels import class_folders, label_archive
 from .pack_writer import PackWriter, _line, decode_ahead, unfinished
-from .ranges import settle_range
+from .ranges import reading_from_options, settle_range
 from .reading import Reading, pillow_limit
 from .tiles import say_loss
 
@@ -34,12 +34,16 @@ def fingerprint(
 # %% ../nbs/00b_packing.ipynb #d125062d
 def _check_arrays(arrays):
     "Images as a pack holds them: uint8, and squares of one size"
-    if not isinstance(arrays, (list, tuple)) or not arrays: raise MarsclrError('a pack is made from a list of arrays')
+    if not isinstance(arrays, (list, tuple)) or not arrays:
+        raise MarsclrError('a pack is made from a list of arrays')
+    side = arrays[0].shape[1]
     for a in arrays:
         if a.dtype != np.uint8:
-            raise MarsclrError(f'images are {a.dtype}, a pack holds uint8: bring them to 0 ... 255 and round them')
-        if a.ndim != 4 or a.shape[1] != a.shape[2] or a.shape[3] != 3 or a.shape[1] != arrays[0].shape[1]:
-            raise MarsclrError(f'images are {tuple(a.shape)}, a pack holds (n, S, S, 3): squares of one size in RGB')
+            raise MarsclrError(f'images are {a.dtype}, a pack holds uint8: '
+                               'bring them to 0 ... 255 and round them')
+        if a.shape[1:] != (side, side, 3):
+            raise MarsclrError(f'images are {tuple(a.shape)}, a pack holds (n, S, S, 3): '
+                               'squares of one size in RGB')
 
 def _check_table(table, n):
     "One row an image, with a path; what has no hash is known by its pixels"
@@ -47,7 +51,8 @@ def _check_table(table, n):
     if len(table) != n: raise MarsclrError(f'{n} images, and {len(table)} rows in their table')
 
 def _every_image(arrays):
-    return np.concatenate([np.stack([np.full(len(a), i), np.arange(len(a))], 1) for i,a in enumerate(arrays)])
+    parts = [np.stack([np.full(len(a), i), np.arange(len(a))], 1) for i,a in enumerate(arrays)]
+    return np.concatenate(parts)
 
 
 # %% ../nbs/00b_packing.ipynb #890adc90
@@ -55,22 +60,23 @@ class Pack:
     "Decoded images, memory-mapped, with their table"
     def __init__(self,
         arrays:list,        # uint8 arrays (n, S, S, 3), usually one, memory-mapped
-        table:pd.DataFrame, # one row an image, with `path`; `sha256` is made from the pixels where it is missing
+        table:pd.DataFrame, # one row an image, with `path`; a missing `sha256` is made from pixels
         classes=(),         # class names by label
         name='pack',        # what to call it
-        index=None,         # (N, 2) int: array and row of each image; all images in order by default
+        index=None,         # (N, 2) int: array and row of each image; by default all in order
     ):
         _check_arrays(arrays)
         if index is None: index = _every_image(arrays)
         _check_table(table, len(index))
-        self.arrays,self.classes,self.name,self.index = list(arrays),list(classes),name,np.asarray(index)
+        self.arrays,self.index = list(arrays),np.asarray(index)
+        self.classes,self.name = list(classes),name
         self.size = arrays[0].shape[1]
         self.table = table if 'sha256' in table else table.assign(sha256=self._hashes())
         self.fingerprint = fingerprint(self.table, self.size)
 
     def __len__(self): return len(self.index)
     def __repr__(self): return f'{self.name}: {len(self)} images of {self.size} px, {len(self.classes)} classes, {self.fingerprint}'
-    def _hashes(self): return [hashlib.sha256(np.ascontiguousarray(self.arrays[i][j])).hexdigest() for i,j in self.index]
+    def _hashes(self): return [hashlib.sha256(self.arrays[i][j].tobytes()).hexdigest() for i,j in self.index]
 
     def __getitem__(self,
         rows, # one row number, an array of B of them, a slice or (N,) bool
@@ -125,8 +131,10 @@ def beside(
     return str(Path(path)).removesuffix('.pack')
 
 def _open(path, meta):
-    table = pd.read_csv(path/'table.csv', keep_default_na=False, na_values={'time': ['']}, encoding_errors='surrogateescape',
-                        dtype={c: str for c in ('path', 'domain', 'split', 'rover', 'camera', 'sequence', 'group', 'sha256')})
+    words = 'path', 'domain', 'split', 'rover', 'camera', 'sequence', 'group', 'sha256'
+    missing = {o: [''] for o in ('time', 'image', 'tiles', 'x', 'y')}
+    table = pd.read_csv(path/'table.csv', keep_default_na=False, na_values=missing,
+                        encoding_errors='surrogateescape', dtype=dict.fromkeys(words, str))
     return Pack([np.load(path/'images.npy', mmap_mode='r')], table, meta['classes'], meta['name'])
 
 # %% ../nbs/00b_packing.ipynb #2d4f6406
@@ -137,7 +145,8 @@ def save_pack(
     "Write a pack as a folder, whole or not at all"
     to = Path(to)
     if to.exists(): raise MarsclrError(f'{to} exists: remove it or give another folder')
-    meta = dict(name=pack.name, size=pack.size, images=len(pack), quarantined=0, classes=pack.classes, fingerprint=pack.fingerprint)
+    meta = dict(name=pack.name, size=pack.size, images=len(pack), quarantined=0,
+                classes=pack.classes, fingerprint=pack.fingerprint)
     with whole(to) as folder:
         folder.mkdir()
         shape = len(pack), pack.size, pack.size, 3
@@ -188,10 +197,12 @@ def _pack_into(tmp, to, archive, size, reading, workers, progress):
         if done: print(f'{to}: going on after {done} of {len(archive)} images', flush=True)
         elif writer.left: print(f'{to}: {_anew}', flush=True)
         paths = [archive.root/p for p in archive.table.path[done:]]
-        with closing(decode_ahead(paths, size, reading, workers, progress)) as parts: writer.add(noted(parts))
+        with closing(decode_ahead(paths, size, reading, workers, progress)) as parts:
+            writer.add(noted(parts))
     if not writer.good:
         first = _first(tmp/'quarantine.csv')
-        raise MarsclrError(f'none of the {writer.bad} images of {archive.name} can be read, the first: {first}')
+        raise MarsclrError(f'none of the {writer.bad} images of {archive.name} can be read, '
+                           f'the first: {first}')
     if not reading.tiles and (lost := say_loss(shapes, size)): print(f'{to}: {lost}', flush=True)
     return writer.good, writer.squares, writer.bad
 
@@ -216,13 +227,15 @@ def pack_archive(
     to = Path(to)
     if to.exists(): raise MarsclrError(f'{to} exists: remove it or give another folder')
     if size < 8: raise MarsclrError(f'size {size} is too small: packed images have at least 8 px')
-    if not 0 <= reading.overlap < size: raise MarsclrError(f'--overlap {reading.overlap}: give 0 to {size-1} pixels')
+    if not 0 <= reading.overlap < size:
+        raise MarsclrError(f'--overlap {reading.overlap}: give 0 to {size-1} pixels')
     if reading.tiles: archive = _images_as_bursts(archive)
     with unfinished(to) as tmp, pillow_limit(reading), warnings.catch_warnings():
         warnings.filterwarnings('ignore', module='PIL')
         reading,found = settle_range(tmp, to, archive, reading)
         good,squares,bad = _pack_into(tmp, to, archive, size, reading, workers, progress)
-        meta = dict(name=archive.name, size=size, images=squares, quarantined=bad, classes=archive.classes) | found
+        meta = dict(name=archive.name, size=size, images=squares, quarantined=bad,
+                    classes=archive.classes) | found
         if reading.tiles: meta |= dict(tiled_images=good, overlap=reading.overlap)
         pack = _open(tmp, meta)
         (tmp/'pack.json').write_text(json.dumps(meta | dict(fingerprint=pack.fingerprint), indent=1) + '\n')
@@ -230,68 +243,47 @@ def pack_archive(
     return pack
 
 # %% ../nbs/00b_packing.ipynb #3cb18c4b
-layouts = dict(folder=image_folder, classes=class_folders, msl=msl, hirise=hirise, imagenet=imagenet, rovers=rovers)
-
-def _numbers(option, text, kind, counts):
-    "An option's numbers, `a,b,...`; `counts` says how many there may be"
-    try: numbers = tuple(kind(o) for o in text.split(',')) if text else ()
-    except ValueError: numbers = None
-    if numbers is None or len(numbers) not in (0, *counts) or not all(np.isfinite(numbers)):
-        raise MarsclrError(f'--{option} {text!r}: give {" or ".join(map(str, counts))} numbers with commas between')
-    return numbers
-
-def _reading(range, bands, max_megapixels, **more):
-    "What the options say of how images are read"
-    low_high,chosen = _numbers('range', range, float, [2]),_numbers('bands', bands, int, [1, 3])
-    if low_high and low_high[0] >= low_high[1]: raise MarsclrError(f'--range {range}: LOW must be below HIGH')
-    if chosen and min(chosen) < 1: raise MarsclrError(f'--bands {bands}: the first band is 1')
-    if max_megapixels < 1: raise MarsclrError(f'--max_megapixels {max_megapixels}: give 1 or more')
-    return Reading(low_high, '', chosen, max_megapixels*10**6, **more)
-
-# %% ../nbs/00b_packing.ipynb #6a27aa0d
-def _labeled(archive, labels, group_by, seed):
-    "The archive with its labels and a split, and what is to be said of them"
-    if labels: archive = with_labels(archive, labels)
-    archive,how = settle_split(archive, group_by, seed)
-    n = (archive.table.label >= 0).sum()
-    print(f'labels: {n} of {len(archive)} images, {len(archive.classes)} classes' + f'; {how}'*bool(how), flush=True)
-    return archive
+layouts = dict(folder=image_folder, classes=class_folders, msl=msl, hirise=hirise,
+               imagenet=imagenet, rovers=rovers)
 
 # %% ../nbs/00b_packing.ipynb #8d4059c5
 @command
 def marsclr_pack(
-    layout:str,     # folder, classes (a folder a class), msl, hirise, imagenet or rovers: how the archive is laid out
+    layout:str,     # folder, classes (a folder each), msl, hirise, imagenet, rovers: how images lie
     to:str,         # the pack folder to make
-    root:str='',    # where the archive lies; for all but `folder` and `classes`, its place under $MARSCLR_DATA by default
+    root:str='',    # where; all but `folder` and `classes` have a place under $MARSCLR_DATA
     size:int=192,   # side of the packed images, pixels
     workers:int=0,  # decoding threads; 0: one a core
-    range:str='',   # LOW,HIGH: values that become black and white in images of more than 8 bits; found by default
+    range:str='',   # LOW,HIGH: values that become black and white where there are more than 8 bits
     bands:str='',   # the bands of a TIFF that are red, green and blue, as 3,2,1; or one, for grey
     max_megapixels:int=178, # images that claim to be larger are refused
     follow_links:bool=False, # for `folder` and `classes`: enter folders that are links, too
     labels:str='',  # for `folder`: a CSV file of path, label, and perhaps split and group
     group_by:str='burst', # where labels come without a split: what it must not cross, burst or day
     seed:int=42,    # of that split
-    tiles:bool=False, # cut images into squares of --size at their own scale, instead of shrinking them
+    tiles:bool=False, # cut images into squares of --size at their own scale, do not shrink them
     overlap:int=0,  # of neighbouring tiles, pixels
     most_tiles:int=0, # of an image; 0: all
-    keep_small:bool=False, # for `folder` and `classes`: keep images whose shorter side is below half of --size
+    keep_small:bool=False, # for `folder` and `classes`: keep what is smaller than half of --size
 ):
     "Decode an archive of images once, into a pack that every other command reads"
     if layout not in layouts: raise MarsclrError(f'layout {layout!r} is not known: choose from {" ".join(layouts)}')
     own = layout in ('folder', 'classes')
     if own and not root: raise MarsclrError(f'layout {layout} needs --root: the folder of images')
-    if follow_links and not own: raise MarsclrError('--follow_links goes with layouts folder and classes')
+    if follow_links and not own:
+        raise MarsclrError('--follow_links goes with layouts folder and classes')
     if labels and layout != 'folder': raise MarsclrError('--labels goes with layout folder')
     if workers < 0: raise MarsclrError(f'--workers {workers}: give 0 or more')
-    if (overlap or most_tiles) and not tiles: raise MarsclrError('--overlap and --most_tiles go with --tiles')
+    if (overlap or most_tiles) and not tiles:
+        raise MarsclrError('--overlap and --most_tiles go with --tiles')
     if most_tiles < 0: raise MarsclrError(f'--most_tiles {most_tiles}: give 0 or more')
-    reading = _reading(range, bands, max_megapixels, least_side=.5*(own and not keep_small), tiles=tiles,
-                       overlap=overlap, most_tiles=most_tiles)
+    least_side = .5 if own and not keep_small else 0
+    reading = reading_from_options(range, bands, max_megapixels, least_side=least_side, tiles=tiles,
+                                   overlap=overlap, most_tiles=most_tiles)
     if Path(to).exists(): raise MarsclrError(f'{to} exists: remove it or give another folder')
     archive = layouts[layout](root, follow=follow_links) if own else layouts[layout](root or None)
     if archive.left_out: print(f'left out: {archive.left_out}', flush=True)
-    if labels or layout == 'classes': archive = _labeled(archive, labels, group_by, seed)
+    if labels or layout == 'classes': archive = label_archive(archive, labels, group_by, seed)
     pack = pack_archive(archive, to, size, workers or None, progress=True, reading=reading)
     bad = read_json(Path(to)/'pack.json')['quarantined']
     print(f'{pack}\n{bad} files could not be read' + (f', see {to}/quarantine.csv' if bad else ''))

@@ -41,7 +41,8 @@ def choose_bands(
     if not bands:
         if channels - values.alpha in (1, 3): return values
         example = '3,2,1' if channels > 2 else '1'
-        raise ValueError(f'{values.what}: say which are red, green and blue, as in --bands {example}')
+        raise ValueError(f'{values.what}: say which are red, green and blue, '
+                         f'as in --bands {example}')
     if max(bands) > channels: raise ValueError(f'{values.what}: there is no band {max(bands)}')
     index = np.array(bands) - 1
     def load(): return values.load()[..., index]
@@ -66,7 +67,8 @@ def _kind(tags):
     kind = {1: 'u', 2: 'i', 3: 'f', 4: 'u'}.get(min(kinds))
     if len(bits) > 1 or len(kinds) > 1 or not kind: return None
     name = f'{kind}{min(bits)/8:g}'
-    return np.dtype(name) if name in ('u1', 'i1', 'u2', 'i2', 'f2', 'u4', 'i4', 'f4', 'u8', 'i8', 'f8') else None
+    known = 'u1', 'i1', 'u2', 'i2', 'f2', 'u4', 'i4', 'f4', 'u8', 'i8', 'f8'
+    return np.dtype(name) if name in known else None
 
 # %% ../nbs/00b_pixels.ipynb #fe90c8b3
 def _retagged(file, order, tags):
@@ -109,8 +111,8 @@ def _numbers(
         kind,block = kind.newbyteorder('>'),np.ascontiguousarray(sorted_bytes).reshape(rows, -1)
     numbers = np.ascontiguousarray(block).view(kind).reshape(rows, -1, channels)
     if predictor != 2: return numbers
-    bits = np.dtype(f'u{kind.itemsize}')
-    return np.cumsum(numbers.astype(kind.newbyteorder('=')).view(bits), 1, dtype=bits).view(kind.newbyteorder('='))
+    native,bits = kind.newbyteorder('='),np.dtype(f'u{kind.itemsize}')
+    return np.cumsum(numbers.astype(native).view(bits), 1, dtype=bits).view(native)
 
 # %% ../nbs/00b_pixels.ipynb #9a5e877e
 def _load_tiff(file, order, tags, kind, shape):
@@ -142,8 +144,8 @@ def tiff_values(
     if kind is None or kind == np.uint8 and not bands and _pillow_opens(file): return None
     what = f'a TIFF of {channels} bands, {kind}' if channels > 1 else f'a TIFF of {kind}'
     if tags.get(259, 1) not in (1, 5, 8, 32773, 32946, 50000):
-        raise ValueError(f'{what}, in compression {tags.get(259, 1)}: save it uncompressed, or with LZW or deflate')
-    if colours not in (0, 1, 2): raise ValueError(f'{what}, in colours that are not read here: convert it to RGB')
+        raise ValueError(f'{what}, in compression {tags[259]}: save it with LZW, deflate or none')
+    if colours not in (0, 1, 2): raise ValueError(f'{what}, in other colours than RGB: convert it')
     if tags.get(322, 0) > tags[256]+1024 or tags.get(323, 0) > tags[257]+1024:
         raise ValueError(f'{what}: its tiles are larger than the image')
     missing = _number(tags.get(42113))
@@ -186,7 +188,8 @@ def _png(
     "A PNG of rows that are filtered already"
     head = struct.pack('>IIBBBBB', width, len(rows), bits, colour, 0, 0, 0)
     data = zlib.compress(rows.tobytes(), 0)
-    return b'\x89PNG\r\n\x1a\n' + _chunk(b'IHDR', head) + _chunk(b'IDAT', data) + _chunk(b'IEND', b'')
+    chunks = _chunk(b'IHDR', head), _chunk(b'IDAT', data), _chunk(b'IEND', b'')
+    return b'\x89PNG\r\n\x1a\n' + b''.join(chunks)
 
 def _png_data(file):
     "The compressed bytes of a PNG"
@@ -204,7 +207,7 @@ def _load_png(file):
     "(height, width, channels) uint16: the colours of a PNG of 16 bits"
     width,height = struct.unpack('>II', file[16:24])
     colour,row = file[25],1 + 2*width*_png_channels[file[25]]
-    if file[28]: raise ValueError('an interlaced PNG of 16 bits in colour: save it without interlacing')
+    if file[28]: raise ValueError('an interlaced PNG of 16 bits in colour: save it plain')
     data = zlib.decompressobj().decompress(_png_data(file), row*height + 1)
     if len(data) < row*height: raise ValueError('the file is truncated')
     rows = np.frombuffer(data, np.uint8, row*height).reshape(height, row)

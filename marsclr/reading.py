@@ -43,7 +43,7 @@ formats = ('JPEG', 'PNG', 'TIFF', 'BMP', 'GIF', 'WEBP', 'JPEG2000', 'PPM')
 class Reading:
     "How all images of an archive are read"
     value_range:tuple = () # low, high: what becomes 0 and 255 where pixels have more than 8 bits
-    pixels:str = ''        # 'integer' or 'float' where the range was found in such images: others are refused
+    pixels:str = ''        # 'integer' or 'float', where the range fits no others
     bands:tuple = ()       # which bands of a TIFF are red, green and blue, or one for grey; from 1
     max_pixels:int = 178_000_000 # images that claim more are refused
     least_side:float = 0   # shorter sides below this share of the packed size are refused
@@ -74,7 +74,8 @@ class _Room:
     def __call__(self, n, what):
         most = max(self.total, self.most()) if n > self.total else n
         if n > most:
-            raise ValueError(f'{what}: would take {n/2**30:.1f} GiB of memory, at most {most/2**30:.1f} can be had')
+            raise ValueError(f'{what}: would take {n/2**30:.1f} GiB of memory, '
+                             f'at most {most/2**30:.1f} can be had')
         with self.change:
             self.change.wait_for(lambda: n <= self.free or self.free == self.total)
             self.free -= n
@@ -111,7 +112,8 @@ def check_size(
     n,what = width*height,f'{width} x {height} pixels in {nbytes} bytes'
     if n > reading.max_pixels:
         raise ValueError(f'{what}: if the file is sound, raise --max_megapixels to {-(-n//10**6)}')
-    if n*each > max(_large, _most_a_byte*nbytes): raise ValueError(f'{what}: no image is compressed as much')
+    if n*each > max(_large, _most_a_byte*nbytes):
+        raise ValueError(f'{what}: no image is compressed as much')
 
 # %% ../nbs/00b_reading.ipynb #dd64bc78
 @contextmanager
@@ -131,12 +133,14 @@ def _rgb(im):
 
 def _on_black(im):
     "(S, S, 3) uint8"
-    if im.mode == 'RGBA': im = Image.alpha_composite(Image.new('RGBA', im.size, 'black'), im).convert('RGB')
+    black = Image.new('RGBA', im.size, 'black')
+    if im.mode == 'RGBA': im = Image.alpha_composite(black, im).convert('RGB')
     return np.frombuffer(im.tobytes(), np.uint8).reshape(im.height, im.width, 3)
 
 def _cut(width, height, size, reading):
     "How an image becomes squares (a function of a Pillow image), and where they lie"
-    scaled,places = plan_tiles(width, height, size, reading.overlap, reading.most_tiles) if reading.tiles else (None, [(0, 0)])
+    scaled,places = None,[(0, 0)]
+    if reading.tiles: scaled,places = plan_tiles(width, height, size, reading.overlap, reading.most_tiles)
     def fit(im): return [ImageOps.fit(im, (size, size), Image.Resampling.BILINEAR)]
     def tile(im):
         if im.size != scaled: im = im.resize(scaled, Image.Resampling.BILINEAR)
@@ -177,16 +181,18 @@ def _range_of(values, reading):
     if values.dtype == np.uint8: return 0, 255
     kind = 'float' if values.dtype.kind == 'f' else 'integer'
     if not reading.value_range:
-        raise ValueError(f'{values.what}: which values are black and white is not known, give --range LOW,HIGH')
+        raise ValueError(f'{values.what}: which values are black and white is not known, '
+                         f'give --range LOW,HIGH')
     if reading.pixels not in ('', kind):
-        raise ValueError(f'{values.what}, where other images are {reading.pixels}: pack them apart, or give --range')
+        raise ValueError(f'{values.what}, where other images are {reading.pixels}: '
+                         f'pack them apart, or give --range')
     return reading.value_range
 
 # %% ../nbs/00b_reading.ipynb #75d8db0d
 def open_image(
     file:bytes,
     reading:Reading,
-) -> tuple: # (a Pillow image, None), or (None, `Values`) where pixels are not 8 bits of grey or colour
+) -> tuple: # (a Pillow image, None), or (None, `Values`) where 8 bits are not enough
     "What a file's header says; pixels are not loaded"
     im = values = None
     try:
@@ -195,16 +201,19 @@ def open_image(
             im = Image.open(io.BytesIO(file), formats=formats)
             values = pillow_values(im, file)
     except Image.DecompressionBombError as e:
-        raise ValueError(str(e).split(',')[0] + ': if the file is sound, raise --max_megapixels') from e
+        claim = str(e).split(',')[0]
+        raise ValueError(f'{claim}: if the file is sound, raise --max_megapixels') from e
     if not values: return im, None
     return None, choose_bands(values, reading.bands if file[:2] in (b'II', b'MM') else ())
 
 # %% ../nbs/00b_reading.ipynb #cd4f5e7c
-Pieces = namedtuple('Pieces', 'pixels places shape') # (T, S, S, 3) uint8, (x, y) of each, (height, width) of the image
+# (T, S, S, 3) uint8, (x, y) of each, (height, width) of the image
+Pieces = namedtuple('Pieces', 'pixels places shape')
 
 def _check_side(height, width, size, reading):
     if min(height, width) < reading.least_side*size:
-        raise ValueError(f'{width} x {height} pixels: too small for {size}, they would have to be invented; --keep_small keeps it')
+        raise ValueError(f'{width} x {height} pixels: too small for {size}, they would have to be '
+                         f'invented; --keep_small keeps it')
 
 def decode_pieces(
     file,     # the file's bytes
@@ -236,9 +245,11 @@ def decode(
 
 # %% ../nbs/00b_reading.ipynb #a115e843
 def _reason(e):
-    if isinstance(e, Image.UnidentifiedImageError): return f'not an image in a format that is read here ({" ".join(formats)})'
+    if isinstance(e, Image.UnidentifiedImageError):
+        return f'not an image in a format that is read here ({" ".join(formats)})'
     if isinstance(e, OSError) and e.strerror: return f'{type(e).__name__}: {e.strerror}'
-    return re.sub(r'<[^<>]* at 0x[^<>]*>', 'file', one_line(e)).encode('ascii', 'backslashreplace').decode()
+    text = re.sub(r'<[^<>]* at 0x[^<>]*>', 'file', one_line(e))
+    return text.encode('ascii', 'backslashreplace').decode()
 
 @contextmanager
 def _file_bytes(path):

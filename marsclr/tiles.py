@@ -25,7 +25,8 @@ def tile_places(
     most:int=0,    # tiles of an image; 0: all
 ) -> list: # (x, y) of upper left corners, row by row
     "Where the tiles of an image lie; if there are too many, an even choice of them"
-    places = [(x, y) for y in tile_starts(height, size, overlap) for x in tile_starts(width, size, overlap)]
+    xs,ys = tile_starts(width, size, overlap),tile_starts(height, size, overlap)
+    places = [(x, y) for y in ys for x in xs]
     if not 0 < most < len(places): return places
     return [places[i] for i in np.linspace(0, len(places)-1, most).round().astype(int)]
 
@@ -47,7 +48,7 @@ def plan_tiles(
     size:int,      # of a tile
     overlap:int=0,
     most:int=0,
-) -> tuple: # the size to scale the image to, and its tiles' places; None, [(0, 0)] for one square of the whole
+) -> tuple: # (width, height) to scale it to, None for one square of the whole; its tiles' places
     "How an image of any size is cut"
     short = min(width, height)
     if 2*short < size: return None, [(0, 0)]
@@ -66,5 +67,5 @@ def say_loss(
     shrunk,cut = np.median(sides[:,0])/size, 1 - (sides[:,0]/sides[:,1]).mean()
     if shrunk < 2 and cut < .3: return ''
     tiles = sum(len(plan_tiles(int(w), int(h), size)[1]) for h,w in shapes)
-    return (f'images are shrunk {shrunk:.1f} times (median), and {cut:.0%} of them are cut off at their longer sides; '
-            f'--tiles keeps their scale and makes {tiles} squares of them')
+    return (f'images are shrunk {shrunk:.1f} times (median), and {cut:.0%} of them are cut off '
+            f'at their longer sides; --tiles keeps their scale and makes {tiles} squares of them')

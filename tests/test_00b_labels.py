@@ -36,7 +36,7 @@ def test_a_table_of_labels():
 
 
 def test_labels_meet_files():
-    global labeled
+    global folder, labeled, names
     yard = write_marsyard(tmp/'yard', n=60, size=32, n_classes=3)
     folder = image_folder(yard/'images')
     names = folder.table.path.tolist()
@@ -82,5 +82,9 @@ def test_a_split_that_groups_do_not_cross():
 
     test_eq(settle_split(both)[1], '')
     settle_split(labeled)[1]
+
+    table.write_text(''.join(f'{o};{i % 2}\n' for i,o in enumerate(names)))
+    done = label_archive(folder, table)
+    test_eq((done.classes, done.table.split.nunique()), (['0', '1'], 3))
 
     shutil.rmtree(tmp)

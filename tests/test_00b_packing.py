@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np, pandas as pd, torch
 from marsclr.core import MarsclrError, command, one_line, read_json, whole
 from marsclr.datasets import Archive, hirise, image_folder, imagenet, join_classes, msl, rovers
-from marsclr.labels import class_folders, settle_split, with_labels
+from marsclr.labels import class_folders, label_archive
 from marsclr.pack_writer import PackWriter, _line, decode_ahead, unfinished
-from marsclr.ranges import settle_range
+from marsclr.ranges import reading_from_options, settle_range
 from marsclr.reading import Reading, pillow_limit
 from marsclr.tiles import say_loss
 import io, shutil, tempfile, time, zlib
@@ -19,8 +19,8 @@ from fastcore.test import *
 from PIL import Image, ImageOps
 from marsclr.marsyard import write_marsyard
 from marsclr.reading import decode
+from marsclr.tiles import put_together
 from marsclr.packing import *
-from marsclr.packing import _reading
 
 
 def test_the_pack():
@@ -171,6 +171,38 @@ def test_a_folder_full_of_bad_surprises():
     {ascii(k)[1:-1]: round(v, 1) for k,v in off.items()}
 
 
+def test_images_of_more_than_8_bits():
+    deep = tmp/'deep'
+    deep.mkdir()
+    frames = []
+    for i,exposure in enumerate(np.linspace(.5, 1, 6)):
+        scene = np.asarray(archive.open(10*i).convert('L'), float)
+        frames.append((1000 + 1.5*exposure*scene).astype(np.uint16))
+        Image.fromarray(frames[-1]).save(deep/f'{i}.png')
+    twelve = pack_archive(image_folder(deep), tmp/'deep.pack', size=96)
+    low,high = read_json(tmp/'deep.pack/pack.json')['range']
+    by_hand = np.floor(np.clip((np.stack(frames)-low)/(high-low), 0, 1)*255 + .5)
+    test_eq(twelve[:].numpy(), np.repeat(by_hand[...,None], 3, -1))
+    assert len(np.unique(by_hand)) >= 200
+
+    fig,axs = plt.subplots(2, 6, figsize=(7, 2.6), dpi=70)
+    for ax,x in zip(axs.T, frames): ax[0].imshow(x//256, 'gray', vmin=0, vmax=15)
+    for ax,image in zip(axs.T, twelve): ax[1].imshow(image)
+    for ax in axs.flat: ax.set_axis_off()
+    fig.suptitle('the upper bytes of 12 bits, and one range for all', fontsize=8);
+
+
+def test_large_frames():
+    large = tmp/'large'
+    large.mkdir()
+    for i in range(2): archive.open(i).resize((412, 300)).save(large/f'{i}.png')
+    shrunk = pack_archive(image_folder(large), tmp/'shrunk.pack', size=48)
+    tiled = pack_archive(image_folder(large), tmp/'tiled.pack', size=48, reading=Reading(tiles=True))
+    first = tiled.where(tiled.table.path == '0.png')
+    test_eq(put_together(first[:].numpy(), list(zip(first.table.x, first.table.y))), np.asarray(Image.open(large/'0.png')))
+    tiled.table[['path', 'image', 'tiles', 'x', 'y']].head(3)
+
+
 def test_a_kill_in_the_middle():
     part = Path(shutil.copytree(tmp/'pack', tmp/'.resumed-partial'))
     (part/'pack.json').unlink()
@@ -219,13 +251,6 @@ def test_what_is_refused():
 
 
 def test_from_the_command_line():
-    test_eq(_reading('1000,4e3', '3,2,1', 200), Reading((1000, 4000), '', (3, 2, 1), 200_000_000))
-    test_eq(_reading('', '', 178), Reading())
-    for o in ('5', '1,2,3', 'a,b', '1,inf', '2,1', '1,1'):
-        with expect_fail(MarsclrError, '--range'): _reading(o, '', 178)
-    for o in ('1,2', '0,1,2', '1.5'):
-        with expect_fail(MarsclrError, '--bands'): _reading('', o, 178)
-
     marsclr_pack(['folder', str(tmp/'cli.pack'), '--root', str(tmp/'yard/images'), '--size', '32'])
     test_eq(len(load_pack(tmp/'cli.pack')), 199)
     with expect_fail(SystemExit, "marsclr_pack: layout 'mars' is not known"): marsclr_pack(['mars', 'x'])

@@ -4,9 +4,10 @@ import json, os, stat
 from dataclasses import asdict, replace
 import numpy as np
 from PIL import Image, TiffImagePlugin
-from marsclr.core import read_json
+from marsclr.core import MarsclrError, read_json
 from marsclr.pixels import _tags
-from marsclr.reading import Reading, _file_bytes, _need_values, _pixels, check_size, formats, open_image, to_8_bits, unit_values
+from marsclr.reading import Reading, _file_bytes, _need_values, _pixels, check_size
+from marsclr.reading import formats, open_image, to_8_bits, unit_values
 import tempfile
 from pathlib import Path
 from fastcore.test import *
@@ -46,3 +47,12 @@ def test_settled_once_for_a_pack():
         for i in range(3): (d/f'{i}.png').unlink() # the range is known by now
         test_eq(settle_range(d, 'pack', archive, Reading())[0], reading)
         test_eq(settle_range(d, 'pack', archive, Reading((0, 9)))[1], {}) # another question, and nothing to answer it
+
+
+def test_as_options_of_a_command():
+    test_eq(reading_from_options('1000,4e3', '3,2,1', 200), Reading((1000, 4000), '', (3, 2, 1), 200_000_000))
+    test_eq(reading_from_options('', '', 178), Reading())
+    for o in ('5', '1,2,3', 'a,b', '1,inf', '2,1', '1,1'):
+        with expect_fail(MarsclrError, '--range'): reading_from_options(o, '', 178)
+    for o in ('1,2', '0,1,2', '1.5'):
+        with expect_fail(MarsclrError, '--bands'): reading_from_options('', o, 178)
