@@ -17,7 +17,7 @@ from torchvision.datasets.folder import find_classes
 from .core import MarsclrError, data_root, one_line, whole
 from .datasets import Archive, find_images, hirise, imagenet, msl
 from .downloads import Fault, Fetcher, Part, check_digest, check_image, digest, filling, get_file, get_json
-from .packing import formats
+from .reading import formats
 
 # %% ../nbs/00c_archives.ipynb #fe38168c
 def _what_is_wrong(o, name):

@@ -18,7 +18,7 @@ from sklearn.metrics.cluster import contingency_matrix
 from .clustering import Clusters, capture_clusters, feature_clusters, kmeans, label_clusters, pixel_features, pool_groups
 from .core import MarsclrError, command, whole
 from .encoders import create_encoder, encode, load_encoder, pick_device
-from .packing import Pack, beside, concat_packs, load_pack
+from .packing import Pack, beside, open_packs, split_paths
 from .processes import decided, joined, rank
 from .texture import texture_clusters
 
@@ -159,8 +159,8 @@ def marsclr_cluster(
     if source not in sources: raise MarsclrError(f'source {source!r} is not known: choose from {" ".join(sources)}')
     if seed < 0: raise MarsclrError(f'--seed {seed}: give 0 or more')
     if bursts and source not in ('features', 'pixels'): raise MarsclrError(f'--bursts goes with features and pixels, not with {source}')
-    if ',' in pack and not to: raise MarsclrError(f'{pack} are several packs: say with --to where their clusters are to be written')
-    data,to = concat_packs(*map(load_pack, pack.split(','))),Path(to or f'{beside(pack)}.{source}.npz')
+    if len(split_paths(pack)) > 1 and not to: raise MarsclrError(f'{pack} are several packs: say with --to where their clusters are to be written')
+    data,to = open_packs(pack),Path(to or f'{beside(pack)}.{source}.npz')
     if to.suffix != '.npz': raise MarsclrError(f'--to {to}: give a name that ends in .npz')
     with joined(pick_device(device)):
         if decided(to.exists): raise MarsclrError(f'{to} exists: remove it or give another file with --to')

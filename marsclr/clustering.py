@@ -61,7 +61,7 @@ def capture_clusters(
 ) -> Clusters:
     "Images of one sol, camera and sequence"
     t = pack.table
-    when = t.sol.where(t.sol >= 0, -2 - t.time//88_775).astype(str)
+    when = t.sol.where(t.sol >= 0, (-2 - t.time//88_775).fillna(-1)).astype(str)
     key = t.rover + '/' + t.camera + '/' + when + '/' + t.sequence
     return _from_groups(key.where(t.sequence != ''), pack, 'capture')
 

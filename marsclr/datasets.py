@@ -4,17 +4,18 @@
 
 # %% auto #0
 __all__ = ['columns', 'image_suffixes', 'parse_name', 'Archive', 'make_table', 'read_classes', 'read_labels', 'check_files',
-           'msl', 'hirise', 'find_images', 'image_folder', 'imagenet', 'subset', 'join_classes', 'concat', 'rovers',
-           'is_copy']
+           'msl', 'hirise', 'say_left_out', 'list_folder', 'find_images', 'image_folder', 'imagenet', 'subset',
+           'join_classes', 'concat', 'rovers', 'is_copy']
 
 # %% ../nbs/00_datasets.ipynb #657362bb
 import os, re
+from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np, pandas as pd
 from PIL import Image
-from .core import MarsclrError, data_root
+from .core import MarsclrError, data_root, read_lines
 
 # %% ../nbs/00_datasets.ipynb #d044d222
 _grammars = [
@@ -44,6 +45,7 @@ class Archive:
     root:Path          # the folder that the table's paths start from
     table:pd.DataFrame # one row an image, with `columns`
     classes:list = field(default_factory=list) # class names by label
+    left_out:str = ''  # what lies in the folder and is not in the table, in words
 
     def __len__(self): return len(self.table)
     def __repr__(self): return f'{self.name}: {len(self)} images, {len(self.classes)} classes, in {Path(self.root).name}'
@@ -79,29 +81,44 @@ def _folder(path, what):
     return path
 
 def _lines(path):
+    "(number, text) of each line that is not empty"
     if not Path(path).is_file(): raise MarsclrError(f'{path} is missing: the archive is incomplete')
-    try: return Path(path).read_text().splitlines()
-    except UnicodeDecodeError as e: raise MarsclrError(f'{path} is not a text file') from e
+    return [(i, o.strip()) for i,o in enumerate(read_lines(path), 1) if o.strip()]
+
+def _unquoted(text):
+    "A field without the quotes that spreadsheets put around it"
+    return text[1:-1].replace('""', '"') if len(text) > 1 and text[0] == text[-1] == '"' else text
+
+_between = r'[\s,;]+'
+_field = r'"(?:[^"]|"")*"'
 
 def read_classes(
-    path, # a file with `ID,NAME` lines (commas or white space)
+    path, # a file with `ID,NAME` lines (commas, semicolons or white space)
 ) -> list: # class names by id
     "Class names of an archive"
-    rows = [re.split(r'[,\s]+', o.strip(), maxsplit=1) for o in _lines(path) if o.strip()]
-    if [o[0] for o in rows] != [str(i) for i in range(len(rows))] or min(map(len, rows), default=2) < 2: raise MarsclrError(f'{path}: ids must run from 0 up, one `ID,NAME` a line')
-    return [o[1] for o in rows]
+    classes = []
+    for i,line in _lines(path):
+        m = re.fullmatch(rf'"?(\d+)"?{_between}({_field}|.*[^\s,;])[\s,;]*', line)
+        if not m or int(m[1]) != len(classes):
+            raise MarsclrError(f'{path}, line {i}: ids must run from 0 up, here `{len(classes)},NAME`; found {line!r}')
+        classes.append(_unquoted(m[2]))
+    return classes
+
+# %% ../nbs/00_datasets.ipynb #3d6b617a
+_label_line = re.compile(rf'({_field}|\S+?){_between}"?(\d+)"?(?:{_between}"?(train|val|test)"?)?[\s,;]*')
 
 def read_labels(
-    path,    # a file with `NAME ID` lines, or `NAME ID SPLIT`
+    path,    # a file with `NAME ID` lines, or `NAME ID SPLIT`; commas or semicolons may stand between, too
     classes, # class names by id
 ) -> pd.DataFrame: # name, label and, if the file has it, split; repeated lines dropped
     "The labels of an archive"
     rows = []
-    for i,o in enumerate(_lines(path), 1):
-        m = re.fullmatch(r'(\S+)\s+(\d+)(?:\s+(train|val|test))?', o.strip())
-        if o.strip() and not m: raise MarsclrError(f'{path}, line {i}: expected `NAME ID` or `NAME ID SPLIT`, found {o.strip()!r}')
-        if m and int(m[2]) >= len(classes): raise MarsclrError(f'{path}, line {i}: class {m[2]} is not among the {len(classes)} of the class map')
-        if m: rows.append((m[1], int(m[2]), m[3] or ''))
+    for i,line in _lines(path):
+        m = _label_line.fullmatch(line)
+        if not m: raise MarsclrError(f'{path}, line {i}: expected `NAME ID` or `NAME ID SPLIT`, found {line!r}')
+        if int(m[2]) >= len(classes):
+            raise MarsclrError(f'{path}, line {i}: class {m[2]} is not among the {len(classes)} of the class map')
+        rows.append((_unquoted(m[1]), int(m[2]), m[3] or ''))
     df = pd.DataFrame(rows, columns=['name', 'label', 'split']).astype({'label': int}).drop_duplicates()
     twice = df.name[df.name.duplicated()]
     if len(twice): raise MarsclrError(f'{path}: {twice.iloc[0]} has more than one label or split')
@@ -138,30 +155,90 @@ def hirise(
     return check_files(Archive('HiRISE v3.2', root, make_table('map-proj-v3_2/'+df.name, 'hirise', df.split, df.label), classes))
 
 # %% ../nbs/00_datasets.ipynb #a7c3ce05
-image_suffixes = {'.jpg', '.jpeg', '.png', '.tif', '.tiff', '.bmp', '.webp', '.gif'}
+image_suffixes = {'.jpg', '.jpeg', '.jfif', '.jpe', '.png', '.tif', '.tiff', '.bmp', '.webp', '.gif',
+                  '.jp2', '.j2k', '.jpx', '.ppm', '.pgm', '.pbm', '.pnm', '.pfm'}
+_converters = {
+    'FITS, convert with astropy.io.fits to TIFF': ('.fits', '.fit', '.fts'),
+    "PDS or ISIS, convert with GDAL's gdal_translate to TIFF or PNG": ('.img', '.cub', '.qub', '.vic'),
+    'DICOM, convert with pydicom to TIFF or PNG': ('.dcm', '.dicom'),
+    'raw camera files, convert with dcraw -T to TIFF': ('.cr2', '.cr3', '.nef', '.arw', '.dng', '.raf'),
+    'HEIF, convert to JPEG': ('.heic', '.heif'),
+}
+
+def say_left_out(
+    left:Counter, # how many files of each suffix (or 'no suffix', 'hidden'), and how many 'linked folders'
+) -> str: # '' where nothing is
+    "What was passed over, in words"
+    files = {k: left[k] for k in sorted(left, key=lambda k: (-left[k], k)) if k != 'linked folders'}
+    parts = []
+    if files:
+        listed = ', '.join(f'{k} {n}' for k,n in files.items())
+        parts.append(f'{_count(sum(files.values()), "file")} of other kinds: {listed}')
+    if left['linked folders']:
+        parts.append(f'{_count(left["linked folders"], "linked folder")} (--follow_links reads what is in there)')
+    parts += [how for how,suffixes in _converters.items() if files.keys() & set(suffixes)]
+    return '; '.join(parts)
+
+def _count(n, thing): return f'{n} {thing}' + 's'*(n != 1)
+
+# %% ../nbs/00_datasets.ipynb #28f7c908
+def _why_not(name):
+    "Under which word a file is counted that is not read; '' for an image"
+    suffix = os.path.splitext(name)[1].lower()
+    if name[0] == '.': return 'hidden'
+    return '' if suffix in image_suffixes else suffix or 'no suffix'
+
+def _refuse(e):
+    raise MarsclrError(f'{e.filename!r} cannot be listed ({e.strerror}): make it readable, or move it away') from e
+
+def _folders_to_enter(folder, names, follow, seen, left):
+    "Not hidden ones, links only where they are followed, and none twice, so that a loop ends"
+    for name in sorted(names):
+        path = os.path.join(folder, name)
+        if name[0] == '.': left['hidden'] += 1
+        elif os.path.islink(path) and not follow: left['linked folders'] += 1
+        else:
+            info = os.stat(path)
+            if (info.st_dev, info.st_ino) in seen: continue
+            seen.add((info.st_dev, info.st_ino))
+            yield name
+
+# %% ../nbs/00_datasets.ipynb #c9b6e0f9
+def list_folder(
+    root,         # a folder
+    follow=False, # enter folders that are links, too?
+) -> tuple: # posix paths of images relative to it, sorted; a Counter of what is left out
+    "All files below a folder, images told from others by their suffix"
+    root = _folder(root, 'images')
+    info = os.stat(root)
+    paths,left,seen = [],Counter(),{(info.st_dev, info.st_ino)}
+    for folder,folders,files in os.walk(root, onerror=_refuse, followlinks=follow):
+        inside = os.path.relpath(folder, root)
+        found = [o for o in (*folders, *files) if not _why_not(o)]
+        paths += found if inside == '.' else [f'{inside}/{o}' for o in found]
+        left.update(why for o in files if (why := _why_not(o)))
+        folders[:] = _folders_to_enter(folder, folders, follow, seen, left)
+    if not paths:
+        more = f'; left out: {say_left_out(left)}' if left else ''
+        raise MarsclrError(f'{root} holds no images ({" ".join(sorted(image_suffixes))}){more}')
+    return sorted(paths), left
 
 def find_images(
     root, # a folder
 ) -> list: # posix paths relative to it, sorted
     "All image files below a folder, by their suffix; what is hidden is left out, links to folders are not followed"
-    root = _folder(root, 'images')
-    def refuse(e): raise MarsclrError(f'{e.filename!r} cannot be listed ({e.strerror}): make it readable, or move it away') from e
-    paths = []
-    for folder,folders,files in os.walk(root, onerror=refuse):
-        found = [o for o in (*folders, *files) if o[0] != '.' and os.path.splitext(o)[1].lower() in image_suffixes]
-        folders[:] = [o for o in folders if o[0] != '.']
-        inside = os.path.relpath(folder, root)
-        paths += found if inside == '.' else [f'{inside}/{o}' for o in found]
-    if not paths: raise MarsclrError(f'{root} holds no images ({" ".join(sorted(image_suffixes))})')
-    return sorted(paths)
+    return list_folder(root)[0]
 
+# %% ../nbs/00_datasets.ipynb #942ca52c
 def image_folder(
-    root,        # any folder of images
-    domain=None, # one word for where they come from, the folder's name by default
+    root,         # any folder of images
+    domain=None,  # one word for where they come from, the folder's name by default
+    follow=False, # enter folders that are links, too? Each only once
 ) -> Archive:
     "An unlabeled archive: all images below a folder"
     root,name = Path(root),Path(os.path.abspath(root)).name
-    return Archive(name, root, make_table(find_images(root), domain or name))
+    paths,left = list_folder(root, follow)
+    return Archive(name, root, make_table(paths, domain or name), left_out=say_left_out(left))
 
 def imagenet(
     root=None, # a folder with one subfolder a class, `imagenet-sample` under `data_root()` by default

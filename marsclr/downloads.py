@@ -19,7 +19,7 @@ from urllib3.exceptions import HTTPError, NewConnectionError
 from urllib3.util import Retry
 from . import __version__
 from .core import MarsclrError, alone, cut_off, one_line
-from .packing import formats
+from .reading import formats
 
 # %% ../nbs/00b_downloads.ipynb #c79414d5
 class Fault(Exception):

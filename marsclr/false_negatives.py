@@ -12,7 +12,7 @@ import numpy as np
 from sklearn.metrics.cluster import contingency_matrix
 from .clustering import load_clusters
 from .core import MarsclrError
-from .packing import load_pack
+from .packing import load_pack, split_paths
 
 # %% ../nbs/05_false_negatives.ipynb #7ce0d210
 def false_negative_rate(
@@ -112,8 +112,8 @@ def print_rates(
 ):
     "How many negatives are false: by formula and by simulation"
     if batches < 2: raise MarsclrError(f'--batches {batches}: give at least 2')
-    if clusters and '+' in source: raise MarsclrError('--clusters belong to one pack: give that pack alone')
-    counts = np.concatenate([read_counts(o) for o in source.split('+')])
+    if clusters and len(split_paths(source, '+')) > 1: raise MarsclrError('--clusters belong to one pack: give that pack alone')
+    counts = np.concatenate([read_counts(o) for o in split_paths(source, '+')])
     check_counts(counts, batch, 'pairs', replacement)
     table = class_by_cluster(source, clusters) if clusters else None
     print(f'{counts.sum()} images, {(counts > 0).sum()} classes, the largest with {counts.max()/counts.sum():.1%}; batches of {batch}')

@@ -23,7 +23,7 @@ from .clustering import capture_clusters, kmeans, load_clusters, pool_groups
 from .core import MarsclrError
 from .encoders import ContrastiveModel, check_size, create_encoder, encode, fast_bf16, pick_device, projection_head, save_encoder, width
 from .losses import losses
-from .packing import Pack, concat_packs, load_pack
+from .packing import Pack, load_pack, open_packs
 from .processes import decided, joined, rank
 from .runs import Autocast, PackLoader, RunFolder, RunLearner, bare, open_run, show_progress
 
@@ -198,7 +198,7 @@ def pretrain(
 ) -> Path: # the run folder
     "Pretrain an encoder without labels"
     settings,run = dict(locals()),Path(run)
-    data = pack if isinstance(pack, Pack) else concat_packs(*(load_pack(o) for o in pack.split(',')))
+    data = open_packs(pack)
     groups = load_clusters(clusters, data) if clusters else None
     config = make_config(settings, data, groups)
     with joined(pick_device(device)):

@@ -95,10 +95,29 @@ def test_whole_files_or_none():
         test_eq(table.read_text(), 'a,b\n1,2\n3,1e-05\n')
 
 
+def test_text_from_other_programs():
+    with tempfile.TemporaryDirectory() as d:
+        text = Path(d)/'labels.txt'
+        text.write_bytes(b'\xef\xbb\xbfa.jpg 0  \r\nb\xc3\xa9.jpg 1\r\n')
+        test_eq(read_lines(text), ['a.jpg 0', 'bé.jpg 1', ''])
+        text.write_bytes('a.jpg 0'.encode('utf-16'))
+        with expect_fail(MarsclrError, 'labels.txt is text in UTF-16: save it as UTF-8'): read_lines(text)
+        text.write_bytes(b'a.jpg 0\nb\xe9.jpg 1\n')
+        with expect_fail(MarsclrError, 'not a text file in UTF-8 (byte 0xe9 in line 2)'): read_lines(text)
+        text.write_bytes(bytes(9))
+        with expect_fail(MarsclrError, 'is not a text file'): read_lines(text)
+        with expect_fail(MarsclrError, 'nowhere cannot be read: No such file'): read_lines('nowhere')
+
+
 def test_where_the_images_are():
     with patch.dict(os.environ, MARSCLR_DATA='/mars'): test_eq(data_root(), Path('/mars'))
     with patch.dict(os.environ, MARSCLR_DATA='', XDG_CACHE_HOME='/cache'): test_eq(data_root(), Path('/cache/marsclr'))
     with patch.dict(os.environ, MARSCLR_DATA='', XDG_CACHE_HOME=''): test_eq(data_root(), Path.home()/'.cache/marsclr')
+
+    with tempfile.TemporaryDirectory() as d, patch('os.access', lambda path, mode: False):
+        with expect_fail(MarsclrError, f'{d} cannot be written to: give another place for run (by --to'): check_writable(f'{d}/new/run')
+        with patch.dict(os.environ, MARSCLR_DATA=d):
+            with expect_fail(MarsclrError, 'set MARSCLR_DATA to a folder of yours'): check_writable(f'{d}/curiosity')
 
 
 def test_randomness_with_an_address():

@@ -2,11 +2,12 @@
 # A function is a section of the notebook. They run in order: a name that another section uses too is global.
 import os, pytest
 import os, re
+from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 import numpy as np, pandas as pd
 from PIL import Image
-from marsclr.core import MarsclrError, data_root
+from marsclr.core import MarsclrError, data_root, read_lines
 from fastcore.test import *
 import matplotlib.pyplot as plt, tempfile
 from marsclr.datasets import *
@@ -44,6 +45,18 @@ def test_reading_labels_without_trusting_them():
         with expect_fail(MarsclrError, "line 2: expected `NAME ID`"): read_labels(d/'labels.txt', classes)
     df
 
+    with tempfile.TemporaryDirectory() as d:
+        d = Path(d)
+        (d/'classes.csv').write_bytes(b'\xef\xbb\xbf"0","Rock, float"\r\n1,Close-up rock,,\r\n')
+        (d/'labels.txt').write_bytes(b'\xef\xbb\xbfa.jpg,0,train \r\n"my ""best"" b.jpg",1,test\r\nc,1.jpg 1\r\n')
+        classes = read_classes(d/'classes.csv')
+        test_eq(classes, ['Rock, float', 'Close-up rock'])
+        test_eq(read_labels(d/'labels.txt', classes).values.tolist(),
+                [['a.jpg', 0, 'train'], ['my "best" b.jpg', 1, 'test'], ['c,1.jpg', 1, '']])
+        (d/'classes.csv').write_text('id,name\n0,Rock\n')
+        with expect_fail(MarsclrError, "line 1: ids must run from 0 up, here `0,NAME`; found 'id,name'"): read_classes(d/'classes.csv')
+    classes
+
 
 @needs_real_images
 def test_the_labeled_sets():
@@ -55,6 +68,11 @@ def test_the_labeled_sets():
 
 
 def test_unlabeled_folders():
+    test_eq(say_left_out(Counter({'.txt': 2, 'hidden': 1})), '3 files of other kinds: .txt 2, hidden 1')
+    test_eq(say_left_out(Counter({'linked folders': 2})), '2 linked folders (--follow_links reads what is in there)')
+    test_eq(say_left_out(Counter()), '')
+    say_left_out(Counter({'.fits': 1, '.img': 1}))
+
     with tempfile.TemporaryDirectory() as d:
         d = Path(d)
         with expect_fail(MarsclrError, 'holds no images'): image_folder(d)
@@ -65,6 +83,21 @@ def test_unlabeled_folders():
         test_eq(image_folder(d).table.path.tolist(), ['n01/a.jpg', 'n02/b.JPEG'])
         test_eq(imagenet(d).table.label.tolist(), [0, 1])
         test_eq(imagenet(d).open(0).size, (8, 8))
+
+    with tempfile.TemporaryDirectory() as d:
+        d = Path(d)
+        for o in ('in/a.jpg', 'in/notes', 'in/b.fits', 'in/.cache/c.jpg', 'more/d.jp2', 'more/e.jpg'):
+            (d/o).parent.mkdir(parents=True, exist_ok=True)
+            (d/o).touch()
+        (d/'in/linked').symlink_to('../more')
+        (d/'more/back').symlink_to('../in')
+        plain,followed = image_folder(d/'in'),image_folder(d/'in', follow=True)
+        test_eq(plain.table.path.tolist(), ['a.jpg'])
+        test_eq(followed.table.path.tolist(), ['a.jpg', 'linked/d.jp2', 'linked/e.jpg'])
+        assert '1 linked folder (' in plain.left_out and 'linked' not in followed.left_out
+        (d/'in/a.jpg').unlink()
+        with expect_fail(MarsclrError, 'holds no images'): image_folder(d/'in')
+    plain.left_out
 
 
 def test_subsets_and_mixed_domains():

@@ -12,7 +12,7 @@ from urllib3.exceptions import HTTPError, NewConnectionError
 from urllib3.util import Retry
 from marsclr import __version__
 from marsclr.core import MarsclrError, alone, cut_off, one_line
-from marsclr.packing import formats
+from marsclr.reading import formats
 import errno, shutil, tempfile, time
 import pandas as pd
 from fastcore.test import *

@@ -10,7 +10,7 @@ from torchvision.datasets.folder import find_classes
 from marsclr.core import MarsclrError, data_root, one_line, whole
 from marsclr.datasets import Archive, find_images, hirise, imagenet, msl
 from marsclr.downloads import Fault, Fetcher, Part, check_digest, check_image, digest, filling, get_file, get_json
-from marsclr.packing import formats
+from marsclr.reading import formats
 import io, tempfile
 from fastcore.test import *
 from marsclr.marsyard import write_marsyard

@@ -15,7 +15,7 @@ from marsclr.clustering import capture_clusters, kmeans, load_clusters, pool_gro
 from marsclr.core import MarsclrError
 from marsclr.encoders import ContrastiveModel, check_size, create_encoder, encode, fast_bf16, pick_device, projection_head, save_encoder, width
 from marsclr.losses import losses
-from marsclr.packing import Pack, concat_packs, load_pack
+from marsclr.packing import Pack, load_pack, open_packs
 from marsclr.processes import decided, joined, rank
 from marsclr.runs import Autocast, PackLoader, RunFolder, RunLearner, bare, open_run, show_progress
 import shutil, tempfile

@@ -6,7 +6,7 @@ import numpy as np
 from sklearn.metrics.cluster import contingency_matrix
 from marsclr.clustering import load_clusters
 from marsclr.core import MarsclrError
-from marsclr.packing import load_pack
+from marsclr.packing import load_pack, split_paths
 import tempfile, time
 import matplotlib.pyplot as plt, pandas as pd
 from fastcore.test import *

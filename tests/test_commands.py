@@ -17,6 +17,7 @@ from accelerate.commands.launch import launch_command_parser
 from forked import Script, scripts
 
 from marsclr.marsyard import write_marsyard
+from marsclr.pixels import _retagged
 
 SMALL = '--backbone resnet10t --image_size 32 --batch_size 16 --epochs 1 --device cpu'
 BAD = [o.split(' -> ') for o in (Path(__file__).parent/'bad_input.txt').read_text().splitlines() if o and o[0] != '#']
@@ -45,13 +46,24 @@ def copy_run(base, name, files):
 def spoil(base):
     "Everything that is wrong, each thing in a place of its own"
     (base/'empty').mkdir()
+    (base/'bands').mkdir()
+    (base/'own.csv').write_bytes(b'\xef\xbb\xbfpath,label\r\nnobody.jpg,rock\r\n')
+    (base/'half.csv').write_text('path,label\nx.jpg,rock\nnobody.jpg\n')
+    for i, name in enumerate(('sand', 'rock')):
+        (base/'classes'/name).mkdir(parents=True)
+        shutil.copy(next((base/'yard'/'images').iterdir()), base/'classes'/name/f'{i}.jpg')
+    (base/'fits').mkdir()
+    for o in ('a.fits', 'b.IMG', 'c.dcm', '.hidden'): (base/'fits'/o).touch()
+    five = {256: [8], 257: [8], 258: [16]*5, 259: [1], 262: [1], 277: [5], 278: [8], 273: [8], 279: [640]}
+    (base/'bands'/'five.tif').write_bytes(_retagged(bytes(648), '<', five))
     (base/'truncated').mkdir()
     image = next((base/'yard'/'images').iterdir()).read_bytes()
     (base/'truncated'/'half.jpg').write_bytes(image[:len(image)//2])
     for name, line in (('stray', 'nobody.jpg 1'), ('outside', 'nobody.jpg 99')):
         shutil.copytree(base/'yard', base/name)
         with open(base/name/'train-set-v2.1.txt', 'a') as f: f.write(line + '\n')
-    (Path(shutil.copytree(base/'yard', base/'binary'))/'class_map.csv').write_bytes(b'\xff\xfe')
+    for name, data in (('binary', b'\x89PNG'), ('utf16', '0,Rock'.encode('utf-16')), ('header', b'\xef\xbb\xbfid,name\r\n0,Rock\r\n')):
+        (Path(shutil.copytree(base/'yard', base/name))/'class_map.csv').write_bytes(data)
     (copy_pack(base, 'imageless.pack')/'images.npy').unlink()
     for name, size in (('short.pack', 5000), ('hollow.pack', 0)): os.truncate(copy_pack(base, name)/'images.npy', size)
     np.save(copy_pack(base, 'crafted.pack')/'images.npy', np.array([Crafted()], dtype=object), allow_pickle=True)

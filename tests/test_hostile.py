@@ -1,12 +1,15 @@
 "A thousand bad files, and a process that is killed again and again: nothing crashes or hangs, and each file is in the table or in the quarantine."
 import io
+import json
 import os
 import random
+import shutil
 import signal
 import struct
 import tempfile
 import time
 import zlib
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +19,13 @@ from fastcore.test import expect_fail
 from forked import forks
 from PIL import Image
 
-from marsclr import packing
+from marsclr import pack_writer, reading
 from marsclr.core import MarsclrError
 from marsclr.datasets import find_images, image_folder, msl, rovers
 from marsclr.marsyard import write_marsyard
-from marsclr.packing import decode, load_pack, marsclr_pack, pack_archive, read_image
+from marsclr.packing import load_pack, marsclr_pack, pack_archive
+from marsclr.pixels import _retagged
+from marsclr.reading import Reading, decode, read_image
 
 
 def job(function, *args):
@@ -114,7 +119,7 @@ def gif_bomb(image): return claim(saved(image, 'GIF'), struct.pack('<HH', *image
 BAD = {  # what cannot be read
     'truncated.jpg': lambda o: saved(o, 'JPEG')[:-30], 'truncated.png': lambda o: saved(half(o), 'PNG')[:-40], 'empty.jpg': lambda o: b'', 'zeros.png': lambda o: bytes(500),
     'page.jpg': lambda o: b'<!DOCTYPE html><title>404</title>', 'script.jpg': lambda o: b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n(/etc/passwd) run\n',
-    'document.png': lambda o: saved(o, 'PDF'), 'other.jpg': lambda o: saved(o, 'PPM'), '32-bit.tif': lambda o: saved(o.convert('F'), 'TIFF'),
+    'document.png': lambda o: saved(o, 'PDF'), 'other.jpg': lambda o: saved(o, 'TGA'), '32-bit.tif': lambda o: saved(o.convert('F'), 'TIFF'),
     'bomb.png': png_bomb, 'smaller-bomb.png': lambda o: png_bomb(o, 6000), 'bomb.jpg': jpeg_bomb, 'bomb.tif': tiff_bomb, 'bomb.bmp': bmp_bomb, 'bomb.gif': gif_bomb}
 
 
@@ -189,14 +194,87 @@ def test_what_is_read_is_read_right(kind):
     expected = decode(saved(image, 'PNG'), 32).astype(float)
     if '16-bit' in kind or 'grey' in kind: expected[:] = np.asarray(Image.fromarray(expected.astype(np.uint8)).convert('L'))[..., None]
     if 'alpha' in kind: expected *= np.asarray(Image.linear_gradient('L').resize(image.size).crop(((image.width-min(image.size))//2, (image.height-min(image.size))//2, (image.width+min(image.size))//2, (image.height+min(image.size))//2)).resize((32, 32)))[..., None]/255
-    assert np.abs(decode(GOOD[kind](image.copy()), 32) - expected).mean() < 6
+    assert np.abs(decode(GOOD[kind](image.copy()), 32, Reading((0, 65535))) - expected).mean() < 6
 
 
 def test_a_big_endian_tiff_of_16_bits_is_no_brighter():
     values, tags = np.arange(0, 65536, 64, dtype='>u2').reshape(32, 32), []
     for n, value in ((256, 32), (257, 32), (258, 16), (259, 1), (262, 1), (273, 8), (277, 1), (278, 32), (279, 2048)): tags.append(struct.pack('>HHIHH', n, 3, 1, value, 0))
     data = b'MM\0*' + struct.pack('>I', 8+2048) + values.tobytes() + struct.pack('>H', len(tags)) + b''.join(tags) + bytes(4)
-    assert (decode(data, 32) == (values >> 8)[..., None]).all()
+    assert (decode(data, 32, Reading((0, 65535))) == np.round(values/257)[..., None]).all()
+
+
+def tiff(pixels, order='<', **tags):
+    "An uncompressed TIFF by hand: (H, W, C) numbers of any kind, in one strip"
+    kind = {'u': 1, 'i': 2, 'f': 3}[pixels.dtype.kind]
+    pixels, (height, width, channels) = pixels.astype(pixels.dtype.newbyteorder(order)), pixels.shape
+    new = {256: [width], 257: [height], 258: [8*pixels.itemsize]*channels, 259: [1], 262: [1], 277: [channels], 278: [height], 273: [8], 279: [pixels.nbytes], 339: [kind]*channels}
+    return _retagged(bytes(8) + pixels.tobytes(), order, new | {int(k[1:]): v for k, v in tags.items()})
+
+
+@pytest.mark.parametrize('kind', ['uint16', 'int16', 'uint32', 'int32', 'float32', 'float64'])
+@pytest.mark.parametrize('order', '<>')
+def test_numbers_of_every_kind_are_scaled_alike(kind, order):
+    values = np.random.default_rng(0).integers(1000, 1400, (32, 32, 1)).astype(kind)
+    by_hand = np.floor((values.astype(float)-1000)/400*255 + .5)
+    assert (decode(tiff(values, order), 32, Reading((1000, 1400))) == by_hand).all() and len(np.unique(by_hand)) > 200
+
+
+def test_negative_numbers_and_missing_ones():
+    values = np.array([[-500, 0, 500, -9999]]*4, np.int16)[..., None]
+    assert decode(tiff(values), 4, Reading((-500, 500)))[0, :, 0].tolist() == [0, 128, 255, 0]
+    nan = np.where(values == -9999, np.nan, values).astype(np.float32)
+    assert decode(tiff(nan), 4, Reading((-500, 500)))[0, :, 0].tolist() == [0, 128, 255, 0]
+
+
+def test_one_range_for_a_folder_of_12_bits(tmp_path, capsys):
+    (tmp_path/'in').mkdir()
+    frames = [(1000 + 400*gain*np.random.default_rng(i).random((32, 32))).astype(np.uint16) for i, gain in enumerate((.5, .75, 1, 1))]
+    for i, o in enumerate(frames): (tmp_path/'in'/f'{i}.png').write_bytes(saved(Image.fromarray(o), 'PNG'))
+    pack = pack_archive(image_folder(tmp_path/'in'), tmp_path/'pack', 32)
+    low, high = json.loads((tmp_path/'pack'/'pack.json').read_text())['range']
+    assert 1000 <= low < 1005 and 1390 < high < 1400 and f'{low:g} becomes black and {high:g} white' in capsys.readouterr().out
+    by_hand = np.floor(np.clip((np.stack(frames)-low)/(high-low), 0, 1)*255 + .5)
+    assert (pack[range(4)].numpy() == by_hand[..., None]).all() and len(np.unique(by_hand)) >= 200
+    given = pack_archive(image_folder(tmp_path/'in'), tmp_path/'given', 32, reading=Reading((0, 65535)))
+    assert len(np.unique(given[range(4)])) == 2 and 'warning: 2 greys are few' in capsys.readouterr().out
+
+
+def test_a_run_that_goes_on_keeps_its_range_and_another_range_starts_anew(tmp_path, capsys):
+    (tmp_path/'in').mkdir()
+    for i in range(6): (tmp_path/'in'/f'{i}.png').write_bytes(saved(Image.fromarray(np.full((32, 32), 1000 + 10*i, np.uint16)), 'PNG'))
+    archive, part = image_folder(tmp_path/'in'), tmp_path/'.pack-partial'
+    whole = pack_archive(archive, tmp_path/'whole', 32)
+    for asked, kept in ((Reading(), True), (Reading((0, 2000)), False)):
+        part.mkdir()
+        for name, data in contents(tmp_path/'whole').items(): (part/name).write_bytes(data[:300] if name == 'table.csv' else data)
+        (part/'pack.json').unlink()
+        found = dict(range=[1000, 1050], pixels='integer', images=6, levels=6)
+        (part/'reading.json').write_text(json.dumps(dict(asked=dict(asdict(Reading()), value_range=[], bands=[]), found=found)))
+        pack = pack_archive(archive, tmp_path/'pack', 32, reading=asked)
+        assert ('going on after' in capsys.readouterr().out) == kept
+        assert (np.load(tmp_path/'pack'/'images.npy') == np.load(tmp_path/'whole'/'images.npy')).all() == kept
+        shutil.rmtree(tmp_path/'pack')
+
+
+@pytest.mark.parametrize('bands', [4, 5, 13])
+def test_a_tiff_of_many_bands_says_so_and_gives_those_that_are_asked_for(bands, tmp_path):
+    values = np.random.default_rng(0).integers(0, 4000, (32, 32, bands), dtype=np.uint16)
+    (tmp_path/'a.tif').write_bytes(tiff(values))
+    assert read_image(tmp_path/'a.tif', 32)[2] == f'ValueError: a TIFF of {bands} bands, uint16: say which are red, green and blue, as in --bands 3,2,1'
+    chosen = decode(tiff(values), 32, Reading((0, 4000), bands=(3, 2, 1)))
+    assert (chosen == np.floor(values[..., [2, 1, 0]]/4000*255 + .5)).all()
+    eight = (values//16).astype(np.uint8)
+    assert (decode(tiff(eight), 32, Reading(bands=(2,))) == eight[..., [1]]).all()
+    assert 'there is no band 14' in read_image(tmp_path/'a.tif', 32, Reading((0, 1), bands=(14,)))[2]
+
+
+def test_colours_of_16_bits_keep_both_bytes(tmp_path):
+    values = np.random.default_rng(0).integers(1000, 1400, (3, 32, 32), dtype=np.uint16)
+    by_hand = np.floor((values.transpose(1, 2, 0)-1000)/400*255 + .5)
+    planar = tiff(values.transpose(1, 2, 0).copy(), t262=[2], t284=[2], t273=[8, 8+2048, 8+4096], t279=[2048]*3)
+    planar = planar[:8] + values.tobytes() + planar[8+values.nbytes:]
+    for file in (planar, tiff(values.transpose(1, 2, 0).copy(), t262=[2])): assert (decode(file, 32, Reading((1000, 1400))) == by_hand).all()
 
 
 @pytest.mark.parametrize('image, kind, options', [(Image.new('RGB', (4700, 4700)), 'PNG', dict(compress_level=1, transparency=(1, 2, 3))),
@@ -206,6 +284,59 @@ def test_the_largest_images_that_are_read_fit_into_memory(image, kind, options, 
     for i in range(4): (tmp_path/'in'/f'{i}.png').write_bytes(saved(image, kind, **options)) if not i else os.link(tmp_path/'in'/'0.png', tmp_path/'in'/f'{i}.png')
     assert pack_folder(tmp_path/'in', tmp_path/'pack') < 1024
     assert len(load_pack(tmp_path/'pack')) == 4
+
+
+def write_large(folder):
+    "What cameras and orbiters make, 8 and 16 bits"
+    folder.mkdir()
+    grey = Image.fromarray(np.tile(np.linspace(0, 255, 6000, dtype=np.uint8), (4000, 1)))
+    grey.save(folder/'24mp-grey.png', compress_level=1)
+    grey.convert('RGB').save(folder/'24mp-rgb.tif', compression='tiff_lzw')
+    grey.resize((9000, 5400)).convert('RGB').save(folder/'48mp-progressive.jpg', quality=60, progressive=True)
+    grey.resize((4200, 3200)).convert('RGB').save(folder/'13mp.webp', quality=50, method=0)
+    Image.fromarray(np.tile(np.linspace(0, 255, 2048, dtype=np.uint8), (20000, 1))).save(folder/'strip.png', compress_level=1)
+    (folder/'24mp-16-bit.tif').write_bytes(tiff(np.tile(np.linspace(0, 4000, 6000, dtype=np.uint16)[:, None], (4000, 1, 3)), t262=[2]))
+
+
+def test_large_images_are_packed_and_take_less_than_2_gib(tmp_path):
+    write_large(tmp_path/'in')
+    assert pack_folder(tmp_path/'in', tmp_path/'pack') < 2048
+    assert len(load_pack(tmp_path/'pack')) == 6
+    gradient = np.linspace(0, 255, 6000)[1000:5000].reshape(32, 125).mean(1)
+    pack = load_pack(tmp_path/'pack')
+    for name in ('24mp-grey.png', '24mp-rgb.tif', '24mp-16-bit.tif'):
+        assert np.abs(pack[pack.table.path.tolist().index(name)][16, :, 0].numpy() - gradient).max() < 3, name
+
+
+def deflate_bomb(width, height, bits, colour, row_bytes):
+    "A sound PNG of zeros, a thousand times smaller than what it unfolds to"
+    def chunk(name, data): return struct.pack('>I', len(data)) + name + data + struct.pack('>I', zlib.crc32(name+data))
+    squeeze, row = zlib.compressobj(9), bytes((1+row_bytes)*100)
+    data = b''.join([squeeze.compress(row) for _ in range(height//100)] + [squeeze.flush()])
+    head = struct.pack('>IIBBBBB', width, height, bits, colour, 0, 0, 0)
+    return b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', head) + chunk(b'IDAT', data) + chunk(b'IEND', b'')
+
+
+BOMBS = {'1-bit.png': (lambda: deflate_bomb(13000, 13000, 1, 0, 1625), 'no image is compressed as much'),
+         'huge.png': (lambda: deflate_bomb(40000, 10000, 8, 0, 40000), 'raise --max_megapixels'),
+         '8-bit.png': (lambda: deflate_bomb(13300, 13300, 1, 3, 1663), 'no image is compressed as much'),
+         '16-bit.tif': (lambda: claim(tiff(np.zeros((8, 8, 1), np.uint16)), struct.pack('<HHII', 257, 4, 1, 8), struct.pack('<HHII', 257, 4, 1, 2_000_000)), 'no image is compressed as much'),
+         'tile.tif': (lambda: tiff(np.zeros((8, 8, 1), np.uint16), t322=[2**30], t323=[8], t324=[8], t325=[128]), 'tiles are larger than the image')}
+
+
+def test_bombs_are_refused_before_they_unfold(tmp_path):
+    (tmp_path/'in').mkdir()
+    for name, (make, _) in BOMBS.items(): (tmp_path/'in'/name).write_bytes(make())
+    (tmp_path/'in'/'sound.jpg').write_bytes(saved(Image.new('RGB', (40, 40)), 'JPEG'))
+    assert pack_folder(tmp_path/'in', tmp_path/'pack') < 700
+    quarantine = pd.read_csv(tmp_path/'pack'/'quarantine.csv').set_index('path').reason
+    for name, (_, reason) in BOMBS.items(): assert reason in quarantine[name], name
+
+
+def test_what_cannot_be_held_is_refused_with_what_it_would_take(monkeypatch):
+    monkeypatch.setattr(reading._pixels, 'most', lambda: 2**28)
+    with expect_fail(ValueError, '6000 x 4000 pixels: would take 0.3 GiB of memory, at most 0.2 can be had'):
+        decode(saved(Image.fromarray(np.tile(np.linspace(0, 255, 6000, dtype=np.uint8), (4000, 1))), 'PNG', compress_level=1), 32)
 
 
 def test_files_that_vanish_while_packing(tmp_path):
@@ -254,17 +385,53 @@ def test_permissions(tmp_path_factory):
         (d/'in'/'locked').chmod(0o755)
 
 
+def test_what_is_passed_over_is_counted_and_jp2_is_read(tmp_path, capsys):
+    image = scene(np.random.default_rng(0))
+    (tmp_path/'a'/'.hidden').mkdir(parents=True)
+    for name in ('x.jpg', 'y.jp2', '.hidden/z.jpg', 'w.ppm', 'v.jfif'): image.save(tmp_path/'a'/name, {'.jp2': 'JPEG2000', '.ppm': 'PPM'}.get(Path(name).suffix, 'JPEG'))
+    image.save(tmp_path/'a'/'noext', 'PNG')
+    (tmp_path/'more').mkdir()
+    image.save(tmp_path/'more'/'u.png')
+    (tmp_path/'a'/'link').symlink_to(tmp_path/'more')
+    (tmp_path/'more'/'round').symlink_to(tmp_path/'a')
+    marsclr_pack(['folder', str(tmp_path/'plain'), '--root', str(tmp_path/'a'), '--size', '32'])
+    said = capsys.readouterr().out.splitlines()
+    left = next(o for o in said if o.startswith('left out: '))
+    assert left == ('left out: 2 files of other kinds: hidden 1, no suffix 1'
+                    '; 1 linked folder (--follow_links reads what is in there)')
+    pack = load_pack(tmp_path/'plain')
+    assert pack.table.path.tolist() == ['v.jfif', 'w.ppm', 'x.jpg', 'y.jp2']
+    assert (pack[range(4)].float() - pack[1].float()).abs().mean() < 4
+    marsclr_pack(['folder', str(tmp_path/'all'), '--root', str(tmp_path/'a'), '--size', '32', '--follow_links'])
+    assert load_pack(tmp_path/'all').table.path.tolist() == ['link/u.png', 'v.jfif', 'w.ppm', 'x.jpg', 'y.jp2']
+
+
+def test_a_place_that_cannot_be_written_to_is_said_in_words(tmp_path_factory):
+    with_access = Path('/tmp') if not os.geteuid() else tmp_path_factory.getbasetemp()
+    with tempfile.TemporaryDirectory(dir=with_access) as d:
+        d = Path(d)
+        (d/'in').mkdir()
+        Image.new('RGB', (40, 40)).save(d/'in'/'a.jpg')
+        d.chmod(0o555)
+
+        def pack_it():
+            try: return str(pack_archive(image_folder(d/'in'), d/'new'/'p.pack', 32))
+            except MarsclrError as e: return str(e)
+        assert as_nobody(pack_it) == f'{d} cannot be written to: give another place for p.pack (by --to, or as the name of the pack or run)'
+        d.chmod(0o755)
+
+
 # --- kills
 
 def pack_slowly(root, to, out):
     "As the command does, but with time to be killed in"
     os.dup2(os.open(out, os.O_CREAT | os.O_WRONLY | os.O_APPEND), 1)
-    fast, packing._Growing.rest = packing.decode, 2**18
+    fast, pack_writer.PackWriter.rest = reading.decode_pieces, 2**18
 
-    def slow(file, size):
+    def slow(file, *args):
         time.sleep(.001)
-        return fast(file, size)
-    packing.decode = slow
+        return fast(file, *args)
+    reading.decode_pieces = slow
     marsclr_pack(['msl', str(to), '--root', str(root), '--size', '48', '--workers', '2'])
 
 
