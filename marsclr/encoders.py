@@ -143,7 +143,8 @@ class Stages(nn.Module):
         if wrong := set(names) - set(info): raise MarsclrError(f'stage {min(wrong)!r} is not known: choose from {" ".join(info)}')
         names,g = names or list(info)[-4:],torch.Generator().manual_seed(0)
         self.encoder,self.spread,self.indices = encoder,spread,[list(info).index(o) for o in names]
-        self.directions = [torch.linalg.qr(torch.randn(info[o], min(directions, info[o]), generator=g))[0] for o in names]
+        random = [torch.randn(info[o], min(directions, info[o]), generator=g) for o in names]
+        self.directions = [torch.linalg.qr(o)[0].contiguous() for o in random]
         self.num_features = (1+spread)*sum(info[o] for o in names) + sum(o.shape[1]*(o.shape[1]+1)//2 for o in self.directions)
 
     def forward(self,
@@ -299,7 +300,7 @@ def check_size(
     except (AssertionError, RuntimeError) as e: raise MarsclrError(f'the backbone cannot take images of {size} px ({one_line(e)}): give another {option}, or another backbone') from e
     finally: encoder.train(training)
 
-def _batches(encoder, pack, rows, size, bs, device, progress):
+def _batches(encoder, pack, rows, size, bs, device, progress, mirrored=False):
     "Features of some rows, a batch at a time"
     training,fast,stats = encoder.training,fast_bf16(device),input_stats(encoder)
     encoder.to(device, memory_format=torch.channels_last).eval()
@@ -307,8 +308,10 @@ def _batches(encoder, pack, rows, size, bs, device, progress):
         check_size(encoder, size or pack.size)
         for i in progress_bar(range(0, len(rows), bs), display=progress, leave=progress):
             with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=fast):
-                x = encoder(whole_views(pack[np.array(rows[i:i+bs])].to(device), size, stats))
-            yield x.float().cpu()
+                x = whole_views(pack[np.array(rows[i:i+bs])].to(device), size, stats)
+                f = encoder(x).float()
+                if mirrored: f = (f + encoder(x.flip(3)).float())/2
+            yield f.cpu()
     finally: encoder.train(training)
 
 def encode(
@@ -318,10 +321,12 @@ def encode(
     bs:int=64,         # images at a time
     device=None,       # as `pick_device` takes it
     progress=False,    # show a progress bar
+    mirrored=False,    # the mean of an image's features and of its mirror image's
 ) -> torch.Tensor: # (N, width) float32, on the CPU
     "Features of whole images, in evaluation mode and in bfloat16 where the device is fast at it; the encoder's own mode is restored. Several processes share the work"
     device = pick_device(device)
-    parts = _batches(encoder, pack, part(len(pack)) or range(1), size, bs, device, progress and rank() == 0)
+    rows,shown = part(len(pack)) or range(1),progress and rank() == 0
+    parts = _batches(encoder, pack, rows, size, bs, device, shown, mirrored)
     return gather_parts(torch.cat(list(parts)), len(pack), device)
 
 # %% ../nbs/01a_encoders.ipynb #41ea7432

@@ -194,3 +194,9 @@ def test_features_of_whole_images():
     with replaced.object(Pack, '__getitem__', side_effect=KeyboardInterrupt), expect_fail(KeyboardInterrupt): encode(encoder, pack, device='cpu')
     assert encoder.training
     with expect_fail(MarsclrError, "device 'abacus' cannot be used here"): encode(encoder, pack, device='abacus')
+
+    flipped = Pack([images[:, :, ::-1].copy()], pack.table)
+    ways = [encode(encoder, o, device='cpu', mirrored=True) for o in (pack, flipped)]
+    test_close(*ways, eps=1e-3)
+    test_close(ways[0], (encode(encoder, pack, device='cpu') + encode(encoder, flipped, device='cpu'))/2, eps=1e-3)
+    (features - ways[0]).abs().max()
