@@ -11,6 +11,7 @@ cfg = config['DEFAULT']
 
 statuses = {'1': '1 - Planning', '2': '2 - Pre-Alpha', '3': '3 - Alpha', '4': '4 - Beta', '5': '5 - Production/Stable'}
 readme = here/'README.md'
+imagenet = cfg['imagenet_requirements'].split()
 
 setup(
     name=cfg['lib_name'],
@@ -27,6 +28,6 @@ setup(
     python_requires=f">={cfg['min_python']}",
     packages=find_packages(include=[cfg['lib_path'], f"{cfg['lib_path']}.*"]),
     install_requires=cfg['requirements'].split(),
-    extras_require={'dev': cfg['dev_requirements'].split()},
+    extras_require={'imagenet': imagenet, 'dev': cfg['dev_requirements'].split() + imagenet},
     entry_points={'console_scripts': cfg['console_scripts'].split(), 'nbdev': [f"{cfg['lib_name']}={cfg['lib_path']}._modidx:d"]},
     zip_safe=False)

@@ -17,7 +17,7 @@ from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score, s
 from sklearn.metrics.cluster import contingency_matrix
 from .clustering import Clusters, capture_clusters, feature_clusters, kmeans, label_clusters, pixel_features, pool_groups
 from .core import MarsclrError, command, whole
-from .encoders import create_encoder, encode, load_encoder, pick_device
+from .encoders import create_encoder, encode, pick_device
 from .packing import Pack, beside, open_packs, split_paths
 from .processes import decided, joined, rank
 from .texture import texture_clusters
@@ -123,17 +123,18 @@ def choose_k(
     return int(k_table(x, ks, range(seed, seed+3), progress).stability.idxmax())
 
 # %% ../nbs/02b_cluster_quality.ipynb #b102e131
-def _texture(data, to, k, run, backbone, size, epochs, imagenet, seed, device):
+def _texture(data, to, k, run, backbone, size, epochs, seed, device):
     if not k: raise MarsclrError('--clusters 0: the network of texture learns from its clusters, so give their number')
     if epochs < 1: raise MarsclrError(f'--epochs {epochs}: give at least 1')
-    return texture_clusters(data, to.with_suffix('.run'), k, epochs, embed_size=size, init=run or ('imagenet' if imagenet else 'random'), backbone=backbone, seed=seed, save_every=5, device=device or None)
+    return texture_clusters(data, to.with_suffix('.run'), k, epochs, embed_size=size, init=run or 'random', backbone=backbone, seed=seed, save_every=5, device=device or None)
 
 def _features(data, source, k, bursts, run, backbone, size, seed, device):
     if source == 'pixels': x,name = pixel_features(data),source
     else:
         torch.manual_seed(seed)
-        encoder = load_encoder(run) if run else create_encoder(backbone)
-        x,name = encode(encoder, data, size or None, device=device or None, progress=True),f'features of {run or "a random "+backbone}'
+        encoder = create_encoder(backbone or ('' if run else 'resnet18'), run or 'random')
+        x = encode(encoder, data, size or None, device=device or None, progress=True)
+        name = f"features of {run or 'a random ' + encoder.default_cfg['architecture']}"
     if bursts: x,name = pool_groups(x, capture_clusters(data).ids),f'{name} + capture'
     return decided(lambda: feature_clusters(x, data, k or choose_k(torch.nn.functional.normalize(x, dim=1).numpy(), seed=seed, progress=True), seed, name))
 
@@ -147,11 +148,10 @@ def marsclr_cluster(
     clusters:int=150, # how many (K); 0: as many as three seeds agree on most (features and pixels)
     bursts:bool=False, # features and pixels: images of one sol, camera and sequence share their mean, and so their cluster
     to:str='',       # the .npz file to write; PACK.SOURCE.npz by default (PACK without `.pack`)
-    run:str='',      # run folder of marsclr_pretrain: whose features, or what texture begins with; random weights if not given
-    backbone:str='resnet18', # timm name of the network, if no run is given
+    run:str='',      # whose features, or what texture begins with: a run folder of marsclr_pretrain, imagenet, or a file of weights; random weights if not given
+    backbone:str='', # timm name of the network; by default resnet18, or that of the weights in --run
     size:int=0,      # side of the images that are clustered; that of the pack by default
     epochs:int=20,   # for texture
-    imagenet:bool=False, # for texture: begin with ImageNet's weights, where they can be fetched
     seed:int=42,
     device:str='',   # cpu, cuda, ...; the best there is by default
 ):
@@ -168,7 +168,7 @@ def marsclr_cluster(
         else:
             if not 0 <= clusters <= len(data): raise MarsclrError(f'--clusters {clusters}: give a number between 1 and {len(data)}, the images of {pack}, or 0')
             if size < 0: raise MarsclrError(f'--size {size}: give a number of pixels, or 0 for that of the pack')
-            if source == 'texture': found = _texture(data, to, clusters, run, backbone, size, epochs, imagenet, seed, device)
+            if source == 'texture': found = _texture(data, to, clusters, run, backbone, size, epochs, seed, device)
             else: found = _features(data, source, clusters, bursts, run, backbone, size, seed, device)
         if rank(): return
     fig = show_clusters(found, data, 12)

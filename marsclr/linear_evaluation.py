@@ -172,11 +172,10 @@ def load_projection(
 ) -> ContrastiveModel: # encoder and head, images to projections
     "Encoder and projection head of a run, from its checkpoint"
     c,path = read_json(Path(run)/'config.json', 'backbone', 'projection_layers', 'projection_dim'),Path(run)/'checkpoint.pt'
-    encoder = create_encoder(c['backbone'])
+    checkpoint,encoder = load_checkpoint(path),load_encoder(run)
     model = ContrastiveModel(encoder, projection_head(width(encoder), c['projection_layers'], c['projection_dim']))
-    try: model.load_state_dict(load_checkpoint(path)['model'])
+    try: model.load_state_dict(checkpoint['model'])
     except (RuntimeError, KeyError, TypeError) as e: raise MarsclrError(f'{path} is not a checkpoint of this run ({one_line(e)})') from e
-    if not (Path(run)/'encoder.safetensors').is_file(): raise MarsclrError(f'{run} holds no encoder.safetensors: is it a finished run of marsclr_pretrain?')
     return model.eval()
 
 # %% ../nbs/06_linear_evaluation.ipynb #d988090e
@@ -192,7 +191,7 @@ def _write_result(to, result, table, **asked):
 # %% ../nbs/06_linear_evaluation.ipynb #ea8cb559
 @partial(command, several=True)
 def marsclr_probe(
-    run:str,              # run folder of marsclr_pretrain, or `random` for random weights
+    run:str,              # run folder of marsclr_pretrain, `imagenet` for ImageNet's weights (needs marsclr[imagenet]), or `random`
     pack:str,             # labeled pack folder
     to:str='',            # folder for the results, RUN/probe-PACK by default
     kind:str='logistic',  # logistic, linear (one layer, Adam), dense128 (a hidden layer of 128) or projection (logistic on the projections)
@@ -206,18 +205,21 @@ def marsclr_probe(
     to = Path(to or f'{run}/probe-{Path(pack).name}')
     check_probe(data.table, kind)
     if size < 0: raise MarsclrError(f'--size {size}: give a number of pixels, or 0 for that of the pack')
-    if run == 'random' and kind == 'projection': raise MarsclrError('--kind projection: random weights have no projection head; give a run')
+    untrained = run in ('random', 'imagenet')
+    if untrained and kind == 'projection': raise MarsclrError(f'--kind projection: {run} weights have no projection head; give a run')
     if stages and kind == 'projection': raise MarsclrError('--stages and --kind projection exclude each other: a projection has no stages')
-    if run == 'random' and to.parts[:1] == ('random',): raise MarsclrError('random weights have no run folder: give --to')
+    if untrained and to.parts[:1] == (run,): raise MarsclrError(f'{run} weights have no run folder: give --to')
     if to.exists(): raise MarsclrError(f'{to} exists: remove it or give another folder with --to')
     torch.manual_seed(seed)
-    encoder = create_encoder(backbone) if run == 'random' else load_projection(run) if kind == 'projection' else load_encoder(run)
+    if untrained: encoder = create_encoder(backbone if run == 'random' else '', run)
+    else: encoder = load_projection(run) if kind == 'projection' else load_encoder(run)
+    network = dict(backbone=encoder.default_cfg['architecture']) if untrained else {}
     if stages: encoder = Stages(encoder)
     with joined(pick_device()):
         features = encode(encoder, data, size or None, progress=True)
         if rank(): return
     result = probe(features, data.table, data.classes, kind, seed)
-    _write_result(to, result, data.table, run=run, **(dict(backbone=backbone) if run == 'random' else {}), pack=data.name, kind=kind, stages=stages, size=size or data.size, seed=seed)
+    _write_result(to, result, data.table, run=run, **network, pack=data.name, kind=kind, stages=stages, size=size or data.size, seed=seed)
     s = result.summary()
     print(f"{data.name}, {kind} probe of {'all stages of ' if stages else ''}{run}: accuracy {s['accuracy']:.1%} ({s['low']:.1%} to {s['high']:.1%}, {s['images']} test images), "
           f"balanced {s['balanced_accuracy']:.1%}, macro F1 {s['macro_f1']:.1%}; {to}")

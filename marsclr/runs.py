@@ -280,14 +280,15 @@ def open_run(
     run,         # run folder
     config:dict, # all that determines the result
     result='encoder.safetensors', # the file that a finished run has
+    later={},    # settings that older runs do not name, and what they had
 ) -> bool: # is there anything left to do?
     "Make a run folder, or check that the one there is of the same configuration"
     for k,v in config.items(): agree(v, k)
-    return decided(lambda: _open_run(Path(run), config, result))
+    return decided(lambda: _open_run(Path(run), config, result, later))
 
-def _open_run(run, config, result):
+def _open_run(run, config, result, later):
     if (run/'config.json').is_file():
-        old = read_json(run/'config.json')
+        old = later | read_json(run/'config.json')
         for k in config:
             if old.get(k) != config[k] and k != 'marsclr':
                 raise MarsclrError(f'{run} is a run of another configuration ({k} is {old.get(k)!r} there, {config[k]!r} here): give it the same, or another run folder')

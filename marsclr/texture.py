@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['optimizers', 'Encoding', 'Fusion', 'TextureNet', 'TripletLoss', 'BalancedLoader', 'moved', 'Recluster',
-           'ClusterViews', 'starting_trunk', 'check_trunk', 'texture_clusters', 'load_texture']
+           'ClusterViews', 'check_trunk', 'texture_clusters', 'load_texture']
 
 # %% ../nbs/02a_texture.ipynb #b3cdbb23
-import hashlib, math
+import math
 from functools import partial
 from pathlib import Path
 
@@ -15,8 +15,7 @@ import numpy as np, torch, torch.nn.functional as F
 from fastai.callback.core import Callback, CancelValidException
 from fastai.data.core import DataLoaders
 from fastai.optimizer import OptimWrapper
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from fastai.vision.core import imagenet_stats
 from scipy.optimize import linear_sum_assignment
 from sklearn.metrics import normalized_mutual_info_score
 from sklearn.metrics.cluster import contingency_matrix
@@ -24,8 +23,8 @@ from torch import nn
 from . import __version__
 from .augmentations import Views
 from .clustering import Clusters, kmeans, load_clusters, whiten
-from .core import MarsclrError, addressed_uniform, one_line, read_json, whole
-from .encoders import create_encoder, encode, fast_bf16, load_encoder, pick_device
+from .core import MarsclrError, addressed_uniform, one_line, read_json
+from .encoders import create_encoder, describe_init, encode, fast_bf16, input_stats, load_weights, pick_device, save_encoder
 from .packing import Pack
 from .processes import decided, gather, joined, rank, world
 from .runs import Autocast, PackLoader, RunFolder, RunLearner, bare, open_run, show_progress
@@ -195,20 +194,6 @@ class ClusterViews(Callback):
     def before_validate(self): raise CancelValidException()
 
 # %% ../nbs/02a_texture.ipynb #9f040043
-def starting_trunk(
-    init:str,     # 'imagenet', 'random', or a run folder of marsclr_pretrain
-    backbone:str, # timm name, unless a run is given
-) -> tuple: # the trunk, and what it begins with
-    "The network to begin with; ImageNet's weights fall back to random ones where they cannot be fetched"
-    if init == 'random': return create_encoder(backbone), 'random weights'
-    if init != 'imagenet':
-        weights = Path(init)/'encoder.safetensors'
-        return load_encoder(init), f'encoder {hashlib.sha256(weights.read_bytes()).hexdigest()[:16]}'
-    try: return create_encoder(backbone, pretrained=True), f'ImageNet weights of {backbone}'
-    except MarsclrError as e:
-        print(f'{e}; going on from random weights', flush=True)
-        return create_encoder(backbone), 'random weights'
-
 @torch.no_grad()
 def check_trunk(
     trunk:nn.Module, # to begin with
@@ -233,8 +218,8 @@ def texture_clusters(
     crops=(.05, .5),      # share of the area that a crop covers; the authors: .08 to 1
     lr:float=1e-3,        # the authors: 1e-4
     optimizer:str='adamw', # or sgd, with momentum 0.9, as the authors
-    init:str='random',    # imagenet, random, or a run folder of marsclr_pretrain
-    backbone:str='resnet18', # timm name of the trunk, unless `init` is a run
+    init:str='random',    # first weights: random, imagenet, a run folder or a file of weights
+    backbone:str='',      # timm name of the trunk; by default resnet18, or that of the weights in `init`
     variant:str='bilinear', # or dep
     each:int=4,           # images of a cluster in a batch
     margin:float=.05,     # of the triplet loss
@@ -250,11 +235,12 @@ def texture_clusters(
     if variant not in ('bilinear', 'dep'): raise MarsclrError(f'variant {variant!r} is not known: choose from bilinear dep')
     run = Path(run)
     torch.manual_seed(seed)
-    trunk,start = starting_trunk(init, backbone)
+    trunk,start = create_encoder(backbone or ('resnet18' if init == 'random' else ''), init),describe_init(init)
     check_trunk(trunk, image_size)
-    config = dict(settings, backbone=trunk.default_cfg['architecture'], crops=list(crops), start=start, precision='bf16' if fast_bf16(pick_device(device)) else 'fp32', pack=pack.name, images=len(pack), pack_fingerprint=pack.fingerprint, marsclr=__version__)
+    normalisation = list(map(list, input_stats(trunk)))
+    config = dict(settings, backbone=trunk.default_cfg['architecture'], normalisation=normalisation, crops=list(crops), start=start, precision='bf16' if fast_bf16(pick_device(device)) else 'fp32', pack=pack.name, images=len(pack), pack_fingerprint=pack.fingerprint, marsclr=__version__)
     with joined(pick_device(device)):
-        if open_run(run, config, 'clusters.npz'):
+        if open_run(run, config, 'clusters.npz', dict(normalisation=list(map(list, imagenet_stats)))):
             if rank() == 0: print(f'texture clustering of {len(pack)} images into {k} from {start}', flush=True)
             _train(TextureNet(trunk, variant=variant), pack, run, config, save_every, pick_device(device))
         return decided(lambda: load_clusters(run/'clusters.npz', pack))
@@ -263,14 +249,14 @@ def texture_clusters(
 def _train(net, pack, run, c, save_every, device):
     recluster = Recluster(pack, c['k'], size=c['embed_size'] or None, seed=c['seed'])
     loader = BalancedLoader(pack, np.arange(len(pack)) % c['k'], c['each'], c['seed'], device)
-    views = ClusterViews(Views(c['image_size'], tuple(c['crops']), strength=0, flip=0, jitter=0, grey=0), c['each'], c['seed'])
+    views = ClusterViews(Views(c['image_size'], tuple(c['crops']), strength=0, flip=0, jitter=0, grey=0, stats=input_stats(net)), c['each'], c['seed'])
     learn = RunLearner(DataLoaders(loader, loader, device=device), net.to(device, memory_format=torch.channels_last), TripletLoss(c['margin']), lr=c['lr'],
                        opt_func=optimizers[c['optimizer']], cbs=[recluster, views, Autocast(c['precision'] == 'bf16'), RunFolder(run, save_every)])
     learn.recorder.valid_metrics = False
     show_progress(learn).fit(c['epochs'])
     ids,distances = recluster.cluster(c['epochs'])
     if rank(): return
-    with whole(run/'texture.safetensors') as p: save_file({n: v.contiguous() for n,v in net.state_dict().items()}, p)
+    save_encoder(net, run/'texture.safetensors')
     Clusters(ids, distances, f"texture, K={c['k']}", pack.fingerprint).save(run/'clusters.npz')
 
 # %% ../nbs/02a_texture.ipynb #ecd7978a
@@ -280,6 +266,4 @@ def load_texture(
     "The network of a finished texture clustering, to embed other images"
     run,c = Path(run),read_json(Path(run)/'config.json', 'backbone', 'variant')
     net = TextureNet(create_encoder(c['backbone']), variant=c['variant'])
-    try: net.load_state_dict(load_file(run/'texture.safetensors'))
-    except (RuntimeError, OSError, ValueError, SafetensorError) as e: raise MarsclrError(f'{run}/texture.safetensors is missing or damaged ({one_line(e)})') from e
-    return net.eval()
+    return load_weights(net, run/'texture.safetensors', imagenet_stats).eval()

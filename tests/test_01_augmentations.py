@@ -172,3 +172,9 @@ def test_whole_images_for_the_probe():
     test_eq(whole_views(images[:2], 48).shape, (2, 3, 48, 48))
     with expect_fail(MarsclrError, 'crop scale 0-1'): Views(scale=(0, 1))
     with expect_fail(MarsclrError, 'colour strength 2'): Views(strength=2)
+
+    half = (.5,)*3,(.5,)*3
+    test_eq(limits(half), [[-1]*3, [1]*3])
+    test_close(whole_views(images[:2], stats=half), images[:2].permute(0, 3, 1, 2)/127.5 - 1, eps=1e-5)
+    usual,other = (Views(64, stats=o)(images[:20], ids[:20], 42, 0, 0) for o in (imagenet_stats, half))
+    test_close(denormalise(other, half), denormalise(usual), eps=1e-5)

@@ -9,7 +9,7 @@ from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score, s
 from sklearn.metrics.cluster import contingency_matrix
 from marsclr.clustering import Clusters, capture_clusters, feature_clusters, kmeans, label_clusters, pixel_features, pool_groups
 from marsclr.core import MarsclrError, command, whole
-from marsclr.encoders import create_encoder, encode, load_encoder, pick_device
+from marsclr.encoders import create_encoder, encode, pick_device
 from marsclr.packing import Pack, beside, open_packs, split_paths
 from marsclr.processes import decided, joined, rank
 from marsclr.texture import texture_clusters

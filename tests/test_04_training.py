@@ -8,12 +8,14 @@ from fastai.callback.core import Callback, CancelValidException
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from fastai.optimizer import OptimWrapper
+from fastai.vision.core import imagenet_stats
 from fastcore.foundation import L
 from marsclr import __version__
 from marsclr.augmentations import Views
 from marsclr.clustering import capture_clusters, kmeans, load_clusters, pool_groups
 from marsclr.core import MarsclrError
-from marsclr.encoders import ContrastiveModel, check_size, create_encoder, encode, fast_bf16, pick_device, projection_head, save_encoder, width
+from marsclr.encoders import ContrastiveModel, backbone_of, check_size, create_encoder, describe_init, encode, fast_bf16
+from marsclr.encoders import input_stats, pick_device, projection_head, save_encoder, width
 from marsclr.losses import losses
 from marsclr.packing import Pack, load_pack, open_packs
 from marsclr.processes import decided, joined, rank
@@ -24,7 +26,7 @@ from fastai.callback.core import CancelFitException
 from fastcore.test import *
 from marsclr.cluster_quality import pair_quality
 from marsclr.clustering import feature_clusters, pixel_features
-from marsclr.core import read_json
+from marsclr.core import read_json, write_json
 from marsclr.datasets import msl
 from marsclr.encoders import load_encoder
 from marsclr.marsyard import write_marsyard
@@ -138,6 +140,25 @@ def test_the_whole_of_it_as_a_command():
     run = pretrain(f'{tmp}/pack', f'{tmp}/followed', loss='cluster_aware', clusters=f'{tmp}/given.npz', refresh=1, **settings)
     last = load_checkpoint(run/'checkpoint.pt')['callbacks']['refresh_clusters']['clusters']
     assert len(last) == len(given) and (last.numpy() != given.ids).any()
+
+
+def test_a_start_that_is_not_random():
+    once = settings | dict(epochs=1, knn='')
+    odd = pretrain(f'{tmp}/pack', f'{tmp}/odd', **once | dict(backbone='test_resnet'))
+    still = pretrain(f'{tmp}/pack', f'{tmp}/still', init=f'{tmp}/odd', **once | dict(backbone='', lr=0))
+    first,last = load_encoder(odd).state_dict(),load_encoder(still).state_dict()
+    test_eq(last['conv1.0.weight'], first['conv1.0.weight'])
+    assert not torch.equal(last['conv1.1.running_mean'], first['conv1.1.running_mean'])
+    c = read_json(still/'config.json')
+    test_eq((c['backbone'], c['normalisation']), ('test_resnet', [[.5]*3]*2))
+    c['init']
+
+    with expect_fail(MarsclrError, "init is 'encoder"): pretrain(f'{tmp}/pack', f'{tmp}/still', **once | dict(backbone='test_resnet', lr=0))
+    old = {k: v for k,v in read_json(tmp/'run/config.json').items() if k not in unnamed}
+    write_json(tmp/'run/config.json', old)
+    pretrain(f'{tmp}/pack', f'{tmp}/run', **settings)
+    write_json(tmp/'odd/config.json', {k: v for k,v in read_json(odd/'config.json').items() if k not in unnamed})
+    with expect_fail(MarsclrError, 'normalisation is'): pretrain(f'{tmp}/pack', f'{tmp}/odd', **once | dict(backbone='test_resnet'))
 
 
 def test_what_is_refused():

