@@ -104,7 +104,8 @@ def concat_packs(
     if len(sizes) > 1: raise MarsclrError(f'packs of {sorted(sizes)} px cannot be put together: pack them at one size')
     arrays,tables,index,(classes,ups) = [],[],[],join_classes([o.classes for o in packs])
     for p,up in zip(packs, ups):
-        tables.append(p.table.assign(label=p.table.label.where(p.table.label < 0, p.table.label+up)))
+        label = p.table.label if 'label' in p.table else pd.Series(-1, p.table.index)
+        tables.append(p.table.assign(label=label.where(label < 0, label+up)))
         index.append(p.index + [len(arrays), 0])
         arrays += p.arrays
     return Pack(arrays, pd.concat(tables, ignore_index=True), classes, ' + '.join(p.name for p in packs), np.concatenate(index))

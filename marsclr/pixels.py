@@ -229,9 +229,10 @@ def pillow_values(
                       alpha=file[25] > 2)
     _check_depth(im, file)
     kind = {'I': 'i4', 'F': 'f4'}.get(im.mode, 'u2' if im.mode[:4] == 'I;16' else '')
+    if im.format == 'PNG' and kind: kind = 'u2' # which older Pillows hold in 32 bits
     if not kind: return None
     return Values(f'a {im.format} of {np.dtype(kind)}', (im.height, im.width, 1), np.dtype(kind),
-                  lambda: np.asarray(im)[...,None], turn)
+                  lambda: np.asarray(im).astype(kind, copy=False)[...,None], turn)
 
 # %% ../nbs/00b_pixels.ipynb #02708116
 def _check_depth(im, file):

@@ -227,6 +227,7 @@ def decode_pieces(
     check_size(width, height, len(file), reading, each)
     _check_side(height, width, size, reading)
     need = _need_values(values) if values else _need(im, file, 0 if reading.tiles else size)
+    if reading.tiles: need += 6*height*width # the tiles, and their bytes
     with _pixels(need, f'{width} x {height} pixels') if need > 2**21 else nullcontext():
         if values: pieces = _value_pieces(values, size, reading)
         else: pieces = _picture_pieces(im, size, reading)

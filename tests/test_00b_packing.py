@@ -53,8 +53,9 @@ def test_the_pack():
                                  ([dark], five.table, '2 images, and 5 rows in their table'),
                                  ([dark], rows.drop(columns='path'), 'no column path')):
         with expect_fail(MarsclrError, message): Pack(arrays, table)
-    bare = Pack([dark, light], five.table.drop(columns='sha256'))
+    bare = Pack([dark, light], five.table[['path']])
     test_eq(bare.table.sha256.nunique(), 2)
+    test_eq(concat_packs(bare, five).table.label.tolist(), [-1]*5 + five.table.label.tolist())
     test_eq(five[:2].shape, (2, 8, 8, 3))
     test_eq(five[-1].max(), 255)
     test_eq(five[(five.table.label == 0).to_numpy()].max(), 0)
