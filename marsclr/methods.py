@@ -25,7 +25,7 @@ from .cluster_study import source_features
 from .clustering import Clusters, capture_clusters, central_clusters, kmeans, label_clusters, load_clusters
 from .core import MarsclrError, whole, write_json
 from .downloads import digest
-from .encoders import Stages, create_encoder, encode, fast_bf16, load_encoder, pick_device, save_encoder, width
+from .encoders import Stages, create_encoder, encode, fast_bf16, input_stats, load_encoder, pick_device, save_encoder, width
 from .packing import Pack, concat_packs
 from .runs import Autocast, PackLoader, RunFolder, RunLearner, open_run, show_progress
 from .texture import texture_clusters
@@ -181,7 +181,7 @@ def supervised(
     torch.manual_seed(seed)
     encoder = create_encoder(backbone)
     model = nn.Sequential(encoder, nn.Linear(width(encoder), len(pack.classes))).to(device, memory_format=torch.channels_last)
-    view = LabeledView(Views(image_size, (crop_min, crop_max), colour_strength), train.table.label.to_numpy(), seed)
+    view = LabeledView(Views(image_size, (crop_min, crop_max), colour_strength, stats=input_stats(encoder)), train.table.label.to_numpy(), seed)
     loader,cbs = PackLoader(train, batch_size, seed, device),[view, Schedule(lr, 'cosine', warmup), Autocast(), RunFolder(run, 20)]
     learn = RunLearner(DataLoaders(loader, loader, device=device), model, CrossEntropyLossFlat(), opt_func=partial(adam, decoupled=True), lr=lr, cbs=cbs)
     if open_run(run, config):

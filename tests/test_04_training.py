@@ -8,8 +8,11 @@ from fastai.callback.core import Callback, CancelValidException
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from fastai.optimizer import OptimWrapper
+from fastai.torch_core import trainable_params
 from fastai.vision.core import imagenet_stats
 from fastcore.foundation import L
+from timm.models import group_parameters
+from torch.nn.modules.batchnorm import _BatchNorm
 from marsclr import __version__
 from marsclr.augmentations import Views
 from marsclr.clustering import capture_clusters, kmeans, load_clusters, pool_groups
@@ -67,6 +70,27 @@ def test_the_learner():
     chance = losses['ntxent'](temperature=.2)(torch.ones(128, 128), ids)
     test_close(chance, math.log(127), eps=1e-3)
     chance
+
+
+def test_to_keep_what_a_start_knows():
+    global learn
+    learn = small_learner(layer_decay=.5)
+    with learn.no_bar(), learn.no_logging(): learn.fit(1)
+    rates = [o['lr'] for o in learn.opt.hypers]
+    test_close(rates, [1e-3*.5**o for o in reversed(range(len(rates)))])
+    test_eq(sum(map(len, learn.opt.param_lists)), len(list(learn.model.parameters())))
+    [len(o) for o in learn.opt.param_lists]
+
+    def moved(learn): # the greatest change of a mean or variance, and of a parameter
+        encoder = learn.model.encoder
+        before = {k: v.clone() for k,v in encoder.state_dict().items()}
+        with learn.no_bar(), learn.no_logging(): learn.fit(2)
+        change = {k: (v - before[k]).abs().max().item() for k,v in encoder.state_dict().items()}
+        return [max(v for k,v in change.items() if k.endswith(o)) for o in (('running_mean', 'running_var'), ('weight', 'bias'))]
+
+    frozen,free = (moved(small_learner(cbs=cbs)) for cbs in ([FrozenNorm()], []))
+    assert frozen[0] == 0 < frozen[1] and free[0] > 0
+    frozen, free
 
 
 def test_is_it_learning_anything_ask_the_neighbours():
@@ -158,7 +182,22 @@ def test_a_start_that_is_not_random():
     write_json(tmp/'run/config.json', old)
     pretrain(f'{tmp}/pack', f'{tmp}/run', **settings)
     write_json(tmp/'odd/config.json', {k: v for k,v in read_json(odd/'config.json').items() if k not in unnamed})
+    with expect_fail(MarsclrError, '--layer_decay 0: give more than 0'): pretrain(f'{tmp}/pack', f'{tmp}/new', **once | dict(layer_decay=0))
     with expect_fail(MarsclrError, 'normalisation is'): pretrain(f'{tmp}/pack', f'{tmp}/odd', **once | dict(backbone='test_resnet'))
+
+    slow = once | dict(backbone='', layer_decay=.7, frozen_norm=True, save_every=1)
+    kept = load_encoder(pretrain(f'{tmp}/pack', f'{tmp}/kept', init=f'{tmp}/odd', **slow)).state_dict()
+    test_eq(kept['conv1.1.running_mean'], first['conv1.1.running_mean'])
+    assert not torch.equal(kept['conv1.0.weight'], first['conv1.0.weight'])
+
+    def slowly(name, stop=100):
+        cbs = [FrozenNorm(), RunFolder(tmp/name, save_every=1), StopAfter(stop)]
+        learn = small_learner(layer_decay=.5, cbs=cbs)
+        with learn.no_bar(), learn.no_logging(): learn.fit(2)
+        return weights(learn)
+
+    slowly('slow-stopped', stop=5)
+    test_eq(slowly('slow-stopped'), slowly('slow-straight'))
 
 
 def test_what_is_refused():

@@ -17,7 +17,7 @@ from marsclr.cluster_study import source_features
 from marsclr.clustering import Clusters, capture_clusters, central_clusters, kmeans, label_clusters, load_clusters
 from marsclr.core import MarsclrError, whole, write_json
 from marsclr.downloads import digest
-from marsclr.encoders import Stages, create_encoder, encode, fast_bf16, load_encoder, pick_device, save_encoder, width
+from marsclr.encoders import Stages, create_encoder, encode, fast_bf16, input_stats, load_encoder, pick_device, save_encoder, width
 from marsclr.packing import Pack, concat_packs
 from marsclr.runs import Autocast, PackLoader, RunFolder, RunLearner, open_run, show_progress
 from marsclr.texture import texture_clusters

