@@ -8,7 +8,7 @@ __all__ = ['MarsclrError', 'one_line', 'Stopped', 'on_signal', 'command_parser',
            'addressed_uniform', 'epoch_order']
 
 # %% ../nbs/00_core.ipynb #3c603fd0
-import argparse, errno, fcntl, json, os, re, shutil, signal, sys, tempfile, threading
+import argparse, errno, json, os, re, shutil, signal, sys, tempfile, threading
 from contextlib import contextmanager, suppress
 from functools import wraps
 from inspect import signature
@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np, pandas as pd, torch
 from fastcore.docments import docments
+from filelock import FileLock, Timeout
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 # %% ../nbs/00_core.ipynb #ba98ecc8
@@ -52,20 +53,23 @@ def on_signal(
 def _stop(*_): raise Stopped('stopped by SIGTERM')
 
 # %% ../nbs/00_core.ipynb #822df9d7
+def _add_parameter(parser, p, comment):
+    "One parameter of a function as an argument of its command"
+    told = (comment or '').replace('%', '%%')
+    if p.default is p.empty: return parser.add_argument(p.name, type=p.annotation, help=told)
+    kind = dict(action='store_true') if p.annotation is bool else dict(type=p.annotation)
+    if p.default not in ('', False): told += ' (default: %(default)s)'
+    option = '--' + p.name.rstrip('_')
+    parser.add_argument(option, dest=p.name, default=p.default, help=told, **kind)
+
 def command_parser(
     func,     # a function whose parameters carry types, defaults and docments
     name:str, # of the script
 ) -> argparse.ArgumentParser:
     "The command line of a function"
-    parser = argparse.ArgumentParser(prog=name, description=func.__doc__)
+    parser = argparse.ArgumentParser(prog=name, description=func.__doc__, allow_abbrev=False)
     comments = docments(func)
-    for key,p in signature(func).parameters.items():
-        told = (comments.get(key) or '').replace('%', '%%')
-        if p.default is p.empty: parser.add_argument(key, type=p.annotation, help=told)
-        elif p.annotation is bool: parser.add_argument(f'--{key}', action='store_true', help=told)
-        else:
-            told = f'{told} (default: %(default)s)'
-            parser.add_argument(f'--{key}', type=p.annotation, default=p.default, help=told)
+    for p in signature(func).parameters.values(): _add_parameter(parser, p, comments.get(p.name))
     return parser
 
 def parse_options(
@@ -172,16 +176,21 @@ def read_json(
 # %% ../nbs/00_core.ipynb #3b4a895f
 @contextmanager
 def alone(
-    path,    # the file whose lock is taken; made if it is not there, and its folder too
-    refused, # what to say where another process has the lock
+    folder,       # to work in; made if it is not there
+    name='.lock', # of the empty file in it that is locked
+    shown=None,   # what the user calls the folder, if not by its path
 ):
-    "Hold a lock until the block ends"
+    "Nobody else works in a folder until the block ends"
+    path = Path(folder)/name
     check_writable(path)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with open(path, 'ab') as f:
-        try: fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as e: raise MarsclrError(refused) from e
-        yield
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path, timeout=0)
+    try: lock.acquire()
+    except Timeout as e:
+        busy = f'{shown or folder} is in use by another process'
+        raise MarsclrError(f'{busy}: wait for it, or give another folder') from e
+    try: yield
+    finally: lock.release()
 
 # %% ../nbs/00_core.ipynb #067ef7a6
 @contextmanager

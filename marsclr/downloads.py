@@ -288,7 +288,7 @@ def filling(
     folder = Path(folder)
     new = [o for o in (folder, *folder.parents) if not o.exists()]
     left = dict(left=f'what has come is in {folder}') if kept else dict(left='nothing is kept', again='the same command begins anew')
-    with alone(folder/name, f'{folder} is being filled by another process: wait for it, or give another folder'), cut_off(folder, **left):
+    with alone(folder, name), cut_off(folder, **left):
         try: yield
         finally:
             if os.listdir(folder) == [name]: _take_away(folder/name, new)

@@ -65,7 +65,7 @@ def fetch_manifest(
 
 # %% ../nbs/00f_fetch.ipynb #16afc120
 _takes = dict(rover=('sols', 'cameras', 'size', 'every_frame', 'images', 'seed'), manifest=('manifest',), paper=('size',), zenodo=(),
-              imagenet=('from_folder', 'images', 'seed', 'balanced'))
+              imagenet=('from_', 'images', 'seed', 'balanced'))
 
 def _kind(what, manifest):
     if what in feeds: return 'manifest' if manifest else 'rover'
@@ -75,7 +75,7 @@ def _kind(what, manifest):
 
 def _check_options(what, kind, given):
     for k in given:
-        if k not in _takes[kind]: raise MarsclrError(f'--{k} means nothing for {what}{" with a manifest" if kind == "manifest" else ""}: leave it out')
+        if k not in _takes[kind]: raise MarsclrError(f'--{k.rstrip("_")} means nothing for {what}{" with a manifest" if kind == "manifest" else ""}: leave it out')
 
 def read_sols(
     text:str, # A-B, or A
@@ -128,7 +128,7 @@ def marsclr_fetch(
     images:int=0,      # draw so many of a rover's images (0: take all), or of ImageNet's
     seed:int=42,       # of the draw
     manifest:str='',   # a rover's `table.csv`: fetch exactly these images, and compare their hashes
-    from_folder:str='', # of imagenet (--from will do): a copy that torchvision can read
+    from_:str='',      # of imagenet: a copy that torchvision can read
     balanced:bool=False, # draw as many of each class of ImageNet
     connections:int=4, # requests at a time
     rate:float=4.,     # requests a second at most
@@ -136,7 +136,7 @@ def marsclr_fetch(
     patience:float=30., # seconds until a transfer that stands still, or brings less than 10 kB/s, is cut
 ):
     "Fetch an archive; whatever stops it, the same command goes on from there (the draw of ImageNet begins anew)"
-    o = dict(sols=sols, cameras=cameras, size=size, every_frame=every_frame, images=images, seed=seed, manifest=manifest, from_folder=from_folder, balanced=balanced)
+    o = dict(sols=sols, cameras=cameras, size=size, every_frame=every_frame, images=images, seed=seed, manifest=manifest, from_=from_, balanced=balanced)
     kind = _kind(what, manifest)
     _check_options(what, kind, [k for k,v in o.items() if v not in ('', 0, False) and (k, v) != ('seed', 42)])
     for k,v in dict(connections=connections, rate=rate, wait=wait, patience=patience).items():
@@ -144,8 +144,8 @@ def marsclr_fetch(
     if images < 0: raise MarsclrError(f'--images {images}: give 0 or more')
     fetcher = Fetcher(rate, wait, patience=patience)
     if kind == 'imagenet':
-        if not from_folder or not images: raise MarsclrError('imagenet needs --from, the folder of a copy, and --images, how many to draw')
-        return print(draw_imagenet(from_folder, to or None, images, seed, balanced, progress=True))
+        if not from_ or not images: raise MarsclrError('imagenet needs --from, the folder of a copy, and --images, how many to draw')
+        return print(draw_imagenet(from_, to or None, images, seed, balanced, progress=True))
     if kind == 'zenodo': return print(fetch_zenodo(what, to or None, fetcher, progress=True))
     to = to or data_root()/what.removeprefix('paper-')
     if kind == 'manifest': return _report(what, to, *fetch_manifest(manifest, what, to, fetcher, connections, progress=True))

@@ -168,13 +168,13 @@ def unfinished(to):
     "A hidden folder that becomes `to` when the block ends well; bad input removes it, anything else leaves it for the next run"
     check_writable(to)
     tmp,new = to.parent/f'.{to.name}-partial',[p for p in to.parents if not p.exists()]
-    busy = f'{to} is being packed by another process: wait for it, or give another folder'
-    with alone(tmp/'images.npy', busy), cut_off(tmp, f'what has been decoded is in {tmp}'):
+    with alone(tmp, shown=to), cut_off(tmp, f'what has been decoded is in {tmp}'):
         try:
             if to.exists(): raise MarsclrError(f'{to} exists: remove it or give another folder')
             yield tmp
             for o in [*tmp.iterdir(), tmp]: _to_disk(o)
             os.rename(tmp, to)
+            (to/'.lock').unlink()
         except MarsclrError:
             shutil.rmtree(tmp)
             with suppress(OSError):

@@ -78,7 +78,7 @@ def open_folder(
     settings = {k: v for k,v in settings.items() if k not in ('points', 'train_seeds', 'seeds', 'ways', 'groups', 'labels', 'draws', 'packs', 'pool_images', 'labeled_images', 'images_per_s', 'probe_s')}
     flat = {f'{k} {o}': v for k,part in settings.items() if isinstance(part, dict) for o,v in part.items()}
     open_run(to, dict(data=data, **{k: v for k,v in settings.items() if not isinstance(v, dict)}, **flat, **kwargs))
-    with alone(to/'.lock', f'{to} is in use by another process: wait for it, or give another folder with --to'): yield
+    with alone(to): yield
 
 # %% ../nbs/07f_chain.ipynb #3094926d
 def _pack(archive, to, size):

@@ -103,8 +103,7 @@ class RunLearner(Learner):
             if number == self.asked_to_stop == signal.SIGINT: raise KeyboardInterrupt
             self.asked_to_stop = number
         path = self.run_folder.path
-        lock = alone(path/'.lock', f'{path} is in use by another process: wait for it, or give another run folder')
-        with lock if rank() == 0 else nullcontext(), on_signal(ask), on_signal(ask, signal.SIGINT): yield
+        with alone(path) if rank() == 0 else nullcontext(), on_signal(ask), on_signal(ask, signal.SIGINT): yield
 
     def _do_fit(self):
         for self.epoch in range(self.first_epoch, self.n_epoch):

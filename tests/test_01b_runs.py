@@ -194,7 +194,7 @@ def test_the_folder():
     for steps,number in ((3, signal.SIGTERM), (8, signal.SIGINT), (5, signal.SIGTERM)):
         with expect_fail(SystemExit, f'stopped by {number.name} before'): line(tmp/'asked', [Signal(steps, number)])
     test_eq(line(tmp/'asked'), straight)
-    with alone(tmp/'asked/.lock', 'in use'), expect_fail(MarsclrError, 'in use by another process'): line(tmp/'asked')
+    with alone(tmp/'asked'), expect_fail(MarsclrError, 'in use by another process'): line(tmp/'asked')
 
     with expect_fail(MarsclrError, 'the loss is inf at epoch 0, step 1 (mse_loss, lr 1.0e+20, fp32)'): line(tmp/'exploded', lr=1e20)
     load_checkpoint(tmp/'exploded/checkpoint.pt')['model']

@@ -112,13 +112,16 @@ def state(base):
     return {p.relative_to(base).as_posix(): p.stat().st_mtime_ns if p.is_file() else 'folder' for p in base.rglob('*') if p.name != '.lock'}
 
 
+def option(parameter): return '--' + parameter.rstrip('_')  # `from_`: Python has the word `from` for itself
+
+
 @pytest.mark.parametrize('name', sorted(set(scripts) - {'marsclr_launch'}))  # its options are accelerate's
 def test_help_names_every_option(name, tmp_path):
     status, text, err = call(tmp_path, f'{name} --help', tmp_path)
     assert status == 0, err
     function = inspect.unwrap(scripts[name].load())
     assert function.__doc__ in ' '.join(text.split())
-    for k, v in inspect.signature(function).parameters.items(): assert (k if v.default is v.empty else f'--{k}') in text.split()
+    for k, v in inspect.signature(function).parameters.items(): assert (k if v.default is v.empty else option(k)) in text.split()
 
 
 def every_option(name):
@@ -126,8 +129,8 @@ def every_option(name):
     words = [name]
     for k, v in inspect.signature(inspect.unwrap(scripts[name].load())).parameters.items():
         if v.default is v.empty: words.append('somewhere')
-        elif v.annotation is bool: words.append(f'--{k}')
-        else: words += [f'--{k}', str(v.default) or 'x']
+        elif v.annotation is bool: words.append(option(k))
+        else: words += [option(k), str(v.default) or 'x']
     return words
 
 

@@ -469,7 +469,7 @@ def test_two_at_once_do_not_meet(tmp_path):
     while not (tmp_path/'.pack-partial'/'table.csv').exists():
         assert first.is_alive()
         time.sleep(.002)
-    with expect_fail(MarsclrError, 'is being packed by another process'): pack_archive(msl(root), tmp_path/'pack', 48)
+    with expect_fail(MarsclrError, 'is in use by another process'): pack_archive(msl(root), tmp_path/'pack', 48)
     first.join(60)
     assert first.exitcode == 0 and len(load_pack(tmp_path/'pack')) == 600
 

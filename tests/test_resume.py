@@ -191,7 +191,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(pack, alone, tmp_path, by):
     process = start(pack, run)
     wait_for(process, lambda: position(run))
     process.send_signal(signal.SIGSTOP)
-    with pytest.raises(SystemExit, match=f'^marsclr_pretrain: {run} is in use by another process: wait for it, or give another run folder$'):
+    with pytest.raises(SystemExit, match=f'^marsclr_pretrain: {run} is in use by another process: wait for it, or give another folder$'):
         marsclr_pretrain([str(pack), str(run), *SMALL])
     process.send_signal(signal.SIGCONT)
     process.send_signal(by)
