@@ -21,7 +21,7 @@ from .core import MarsclrError, append_rows, data_root, one_line, read_json, who
 from .encoders import create_encoder
 from .false_negatives import false_negative_rate, simulate
 from .linear_evaluation import probe
-from .methods import Lab, commit, encoder_of, recipe_of, run_name
+from .methods import Lab, commit, encoder_of, recipe_of, run_name, untrained
 
 # %% ../nbs/07d_paper.ipynb #4130ba8c
 _three,_two = [42, 43, 44],[42, 43]
@@ -34,9 +34,10 @@ groups = dict(
         *_compared, 'cluster-aware, texture', 'cluster-aware, eq. 1 features', 'cluster-aware, capture', 'mixed-domain',
         'eq. 2, view positives, pixels + capture', 'elimination, pixels + capture', 'attraction, pixels + capture',
         'random weights', 'supervised from scratch', 'eq. 2, view positives, eq. 1 features')}
+        | {'frozen ImageNet': [42]}
         | {f'eq. 2, view positives, {o}': _two for o in ('true classes', 'texture', 'capture')},
     cross_validation={o: _three for o in (
-        *_compared, 'random weights', 'cluster-aware, texture', 'cluster-aware, eq. 1 features', 'cluster-aware, capture',
+        *_compared, 'random weights', 'frozen ImageNet', 'cluster-aware, texture', 'cluster-aware, eq. 1 features', 'cluster-aware, capture',
         'mixed-domain', 'eq. 2, view positives, pixels + capture', 'elimination, pixels + capture',
         'attraction, pixels + capture', *(f'{o}, epochs=32' for o in _compared))},
     longer={f'{o}, epochs=32': _three for o in _compared},
@@ -76,6 +77,7 @@ def config_of(
     "A short name for all settings that a method's numbers depend on"
     r,encoder = dict(recipe_of(method), size=settings['size']),encoder_of(method)
     if encoder == 'supervised from scratch': r['supervised'] = settings['supervised']
+    elif encoder == 'frozen ImageNet': r['init'] = 'imagenet'
     elif encoder == 'random weights': r['backbone'] = settings['pretrain']['backbone']
     else: r['pretrain'] = settings['pretrain'] | r.get('pretrain', {})
     if 'clusters' in r: r.setdefault('k', settings['k'].get(r['clusters']))
@@ -115,6 +117,7 @@ def row(self:Lab,
     table = draw_labels(pack.table, cell.labels, cell.draw, data_root()/'msl-label-fractions' if cell.pack.startswith('MSL') else None)
     r = probe(x, table, pack.classes, seed=cell.seed)
     backbone = read_json(run/'config.json')['backbone'] if run else self.settings['pretrain']['backbone']
+    if encoder_of(cell.method) == 'frozen ImageNet': backbone = 'tf_efficientnet_lite0'
     majority = pd.Series(r.truth).value_counts(normalize=True).iloc[0]
     return dict({k: cell[k] for k in key}, **r.summary(), majority=majority, parameters=weights(backbone), learned_from=int((table.split == 'train').sum()),
                 **run_facts(run), config=cell.config, probed_by=commit(),
@@ -239,7 +242,7 @@ def price(
     own = cells.assign(folder=[run_name(encoder_of(m), *([p.split()[0].lower()] if m == 'supervised from scratch' else []), f'seed{s}') for m,s,p in zip(cells.method, cells.seed, cells['pack'])])
     rows,priced = [],set()
     for (group,method),g in own.groupby(['group', 'method'], sort=False):
-        new = {o for o in g.folder if encoder_of(method) != 'random weights' and not (Path(to)/o/'encoder.safetensors').exists()} - priced
+        new = {o for o in g.folder if encoder_of(method) not in untrained and not (Path(to)/o/'encoder.safetensors').exists()} - priced
         rows.append(dict(group=group, method=method, cells=len(g), encoders=len(new), minutes=minutes(method, len(g), len(new))))
         priced |= new
     return pd.DataFrame(rows, columns=['group', 'method', 'cells', 'encoders', 'minutes'])

@@ -12,7 +12,7 @@ from marsclr.core import MarsclrError, append_rows, data_root, one_line, read_js
 from marsclr.encoders import create_encoder
 from marsclr.false_negatives import false_negative_rate, simulate
 from marsclr.linear_evaluation import probe
-from marsclr.methods import Lab, commit, encoder_of, recipe_of, run_name
+from marsclr.methods import Lab, commit, encoder_of, recipe_of, run_name, untrained
 import shutil, tempfile
 from fastcore.test import *
 from IPython.utils.capture import capture_output
