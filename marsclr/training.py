@@ -236,7 +236,8 @@ def pretrain(
     with joined(pick_device(device)):
         learn = learner_from(config, data, groups, run, save_every, load_pack(knn) if knn else None, device, init)
         config['normalisation'] = list(map(list, input_stats(learn.model)))
-        if open_run(run, config, later=unnamed):
+        older = dict(unnamed, positives='cluster' if loss == 'attraction' else 'view')
+        if open_run(run, config, later=older):
             if rank() == 0 and init != 'random': print(f"{run} begins with {config['init']}", flush=True)
             learn.fit(epochs)
             if rank() == 0: save_encoder(bare(learn.model).encoder, run/'encoder.safetensors')
@@ -263,7 +264,8 @@ def make_config(
     if settings['refresh'] >= settings['epochs']: raise MarsclrError(f"--refresh {settings['refresh']} never happens in {settings['epochs']} epochs: give a smaller number")
     if settings['precision'] == 'auto': settings = dict(settings, precision='bf16' if fast_bf16(pick_device(settings['device'])) else 'fp32')
     where = ('pack', 'run', 'clusters', 'save_every', 'knn', 'device')
-    start = dict(init=describe_init(settings['init']), backbone=backbone_of(settings['init'], settings['backbone']))
+    positives = losses[settings['loss']]().positives
+    start = dict(positives=positives, init=describe_init(settings['init']), backbone=backbone_of(settings['init'], settings['backbone']))
     return dict({k: v for k,v in settings.items() if k not in where} | start, pack=pack.name, images=len(pack), pack_fingerprint=pack.fingerprint,
                 clusters=groups.source if groups else '', clusters_fingerprint=groups.fingerprint if groups else '', marsclr=__version__)
 

@@ -165,6 +165,13 @@ def test_the_whole_of_it_as_a_command():
     last = load_checkpoint(run/'checkpoint.pt')['callbacks']['refresh_clusters']['clusters']
     assert len(last) == len(given) and (last.numpy() != given.ids).any()
 
+    config = read_json(tmp/'followed/config.json')
+    test_eq(config['positives'], 'cluster')
+    write_json(tmp/'followed/config.json', {k: v for k,v in config.items() if k != 'positives'})
+    with expect_fail(MarsclrError, "positives is 'view' there, 'cluster' here"):
+        pretrain(f'{tmp}/pack', f'{tmp}/followed', loss='cluster_aware', clusters=f'{tmp}/given.npz', refresh=1, **settings)
+    write_json(tmp/'followed/config.json', config)
+
 
 def test_a_start_that_is_not_random():
     once = settings | dict(epochs=1, knn='')
