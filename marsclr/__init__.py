@@ -6,5 +6,5 @@ import warnings
 if sys.platform == 'win32':
     raise ImportError('marsclr runs on Linux and macOS: on Windows, use it in the Windows Subsystem for Linux (WSL)')
 
-# fastai calls torch.jit.script at every import; a user of marsclr can do nothing about it
-warnings.filterwarnings('ignore', '`torch.jit.script` is deprecated', FutureWarning)
+# fastai and timm call torch.jit at every import; a user of marsclr can do nothing about it
+warnings.filterwarnings('ignore', r'`torch\.jit\.\w+` is deprecated', FutureWarning)

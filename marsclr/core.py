@@ -57,10 +57,11 @@ def _add_parameter(parser, p, comment):
     "One parameter of a function as an argument of its command"
     told = (comment or '').replace('%', '%%')
     if p.default is p.empty: return parser.add_argument(p.name, type=p.annotation, help=told)
-    kind = dict(action='store_true') if p.annotation is bool else dict(type=p.annotation)
     if p.default not in ('', False): told += ' (default: %(default)s)'
-    option = '--' + p.name.rstrip('_')
-    parser.add_argument(option, dest=p.name, default=p.default, help=told, **kind)
+    option = p.name.rstrip('_')
+    kind = dict(type=p.annotation, metavar=option.upper())
+    if p.annotation is bool: kind = dict(action='store_true')
+    parser.add_argument(f'--{option}', dest=p.name, default=p.default, help=told, **kind)
 
 def command_parser(
     func,     # a function whose parameters carry types, defaults and docments

@@ -343,7 +343,7 @@ def marsclr_reproduce(
     "Run the paper's chain from images to accuracies; goes on where it stopped"
     if preset not in presets: raise MarsclrError(f'preset {preset!r} is not known: choose from {" ".join(presets)}')
     if data not in presets[preset]: raise MarsclrError(f'data {data!r} is not known: choose from {" ".join(presets[preset])}')
-    if preset in _chains and (only or known or dry_run): raise MarsclrError(f'preset {preset} has no cells: --only, --known and --dry-run are for laptop, gpu and paper')
+    if preset in _chains and (only or known or dry_run): raise MarsclrError(f'preset {preset} has no cells: --only, --known and --dry_run are for laptop, gpu and paper')
     to,began,settings = Path(to or f'runs/{preset}-{data}'),time.perf_counter(),presets[preset][data]
     made = _chains[preset](data, to, settings, seed) if preset in _chains else _cells(data, to, settings, only, known, dry_run)
     print(made if dry_run else f'{made}, {(time.perf_counter()-began)/60:.1f} minutes')
