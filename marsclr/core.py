@@ -68,7 +68,7 @@ def command_parser(
     name:str, # of the script
 ) -> argparse.ArgumentParser:
     "The command line of a function"
-    parser = argparse.ArgumentParser(prog=name, description=func.__doc__, allow_abbrev=False)
+    parser = argparse.ArgumentParser(prog=name, description=func.__doc__)
     comments = docments(func)
     for p in signature(func).parameters.values(): _add_parameter(parser, p, comments.get(p.name))
     return parser

@@ -154,7 +154,7 @@ def compare_methods(
         rows[method] = row
     return pd.DataFrame(rows).T.fillna('')
 
-# %% ../nbs/06a_cross_validation.ipynb #a60a1ab6
+# %% ../nbs/06a_cross_validation.ipynb #d4ffadd5
 def gain_figure(
     table:pd.DataFrame, # blocks of one or several packs
     over:str,           # the method to compare with
@@ -173,7 +173,8 @@ def gain_figure(
                 g = paired_gain(part(t), part(base))
                 ax.errorbar(g['gain'], y+shift, xerr=g['half'], fmt='o', ms=4, capsize=2, color='black', mfc=fill)
         ax.axvline(0, ls=':', color='grey')
-        ax.set(title=name, xlabel=f'accuracy less {over}, points', yticks=range(len(order)), yticklabels=order)
+        ax.set(title=name, xlabel=f'accuracy less {over}, points', ylim=(-.5, len(order)-.5))
+        ax.set_yticks(range(len(order)), order)
         ax.title.set_size(9)
     return fig
 

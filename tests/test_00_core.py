@@ -47,7 +47,8 @@ def test_commands():
         return said.getvalue().splitlines()[-1].removeprefix('draw_circle: error: ')
 
     test_eq(refused(''), 'the following arguments are required: radius')
-    test_eq(refused('3 --line 5'), 'unrecognized arguments: --line 5')
+    test_eq(parse_options(parser, ['3', '--line', '5'])['line_width'], 5)
+    test_eq(refused('3 --width 5'), 'unrecognized arguments: --width 5')
     test_eq(refused('3 --line-width thick'), "argument --line_width: invalid int value: 'thick'")
     refused('3 --line-width')
 

@@ -39,7 +39,7 @@ def test_recipes():
     test_eq(view_positives, dict(loss='view_positives', clusters='capture'))
     test_eq(recipe_of('DCL, temperature=0.5, epochs=24, layer=layer3'), dict(loss='dcl', layer='layer3', pretrain=dict(temperature=.5, epochs=24)))
     test_eq(encoder_of('DCL, layer=layer3, epochs=24'), 'DCL, epochs=24')
-    for bad,why in {'SwAV': "method 'SwAV' is not known", 'eq. 1, depth=18': 'choose from refresh backbone image_size', 'eq. 1, epochs=2.5': 'not of type int', 'eq. 1, K=5': 'leave K out', 'cluster-aware, capture, K=5': 'leave K out',
+    for bad,why in {'SwAV': "method 'SwAV' is not known", 'eq. 1, depth=18': 'choose from refresh init backbone image_size', 'eq. 1, epochs=2.5': 'not of type int', 'eq. 1, K=5': 'leave K out', 'cluster-aware, capture, K=5': 'leave K out',
                     'random weights, epochs=2': 'leave epochs out'}.items():
         with expect_fail(MarsclrError, why): recipe_of(bad)
 
