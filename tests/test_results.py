@@ -4,6 +4,7 @@ from pathlib import Path
 import pandas as pd, pytest
 from marsclr import diagnosis
 from marsclr.paper import config_of, grid, key, missing, read_cells
+from marsclr.purity import break_even, gains_over_dcl
 from marsclr.reproduction import presets
 
 results = Path(__file__).parent.parent/'nbs/results'
@@ -31,6 +32,12 @@ def test_the_cells_are_those_of_the_preset_and_there_is_one_row_for_each(path):
     asked = grid(settings, [path.stem], settings['packs'])
     assert len(asked) - len(missing(asked, table)) == len(table)
     assert ((table.low <= table.accuracy) & (table.accuracy <= table.high)).all()
+
+
+def test_the_purity_that_the_diagnosis_asks_for_is_that_of_the_curve():
+    table = pd.read_csv(results/'purity-marsyard.csv')
+    assert table.groupby(['method', table.how.fillna(''), 'amount']).seed.nunique().min() >= 3
+    assert break_even(gains_over_dcl(table)) == pytest.approx(diagnosis.enough_purity, abs=.1)
 
 
 def test_blocks_hold_every_labeled_original_once_for_each_encoder():
