@@ -1,7 +1,7 @@
 """Run what a page tells its readers to run, as it is printed: `python check_readme.py README.md SCRATCH`.
 
 Shell commands come from fenced bash blocks and from indented blocks, Python from fenced python blocks and from indented lines that
-call timm. They run one after the other in the folder SCRATCH, in which the example's images and labels are made from MarsYard.
+call timm. They run one after the other in the folder SCRATCH, in which somebody's images and labels are made from MarsYard.
 Four kinds are not run as they stand, and the output says so:
 - what needs an archive or the network (`marsclr_fetch`, `--data msl`) is only parsed, with all its options;
 - `marsclr_bench` measures one round instead of seven, but for its loss, whose largest batch takes minutes: that is only parsed;
@@ -34,11 +34,11 @@ def commands(source):
 
 
 def prepare(folder):
-    "my-images, as somebody's own folder, and labeled.pack"
+    "my-images and my-labels.csv, as somebody's own archive"
     from marsclr.marsyard import write_marsyard
-    write_marsyard(folder/'my-images', n=IMAGES, size=64)
-    write_marsyard(folder/'yard', n=IMAGES, size=64, seed=1)
-    subprocess.run(['marsclr_pack', 'msl', 'labeled.pack', '--root', 'yard', '--size', '64'], cwd=folder, check=True)
+    yard = write_marsyard(folder/'my-images', n=IMAGES, size=64)
+    labels = [o.replace(' ', ',class ') for f in sorted(yard.glob('*-set-*.txt')) for o in f.read_text().splitlines()]
+    (folder/'my-labels.csv').write_text('path,label\n' + ''.join(f'images/{o}\n' for o in labels))
 
 
 def fail(line, done):
