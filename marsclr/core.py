@@ -57,7 +57,7 @@ def _add_parameter(parser, p, comment):
     "One parameter of a function as an argument of its command"
     told = (comment or '').replace('%', '%%')
     if p.default is p.empty: return parser.add_argument(p.name, type=p.annotation, help=told)
-    if p.default not in ('', False): told += ' (default: %(default)s)'
+    if p.default != '' and p.default is not False: told += ' (default: %(default)s)'
     option = p.name.rstrip('_')
     kind = dict(type=p.annotation, metavar=option.upper())
     if p.annotation is bool: kind = dict(action='store_true')

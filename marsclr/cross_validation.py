@@ -14,12 +14,12 @@ from sklearn.preprocessing import StandardScaler
 from .core import MarsclrError
 from .datasets import is_copy
 
-# %% ../nbs/06a_cross_validation.ipynb #4f989bf1
+# %% ../nbs/06a_cross_validation.ipynb #c26cf876
 def image_blocks(
     table:pd.DataFrame, # of a pack: rover images with sols, or orbital ones with a source image
     n:int=40,           # blocks
 ) -> np.ndarray: # (N,) int64, 0 to n-1
-    "Stretches of time with about as many originals each; a sol or source image is never cut"
+    "Stretches of time with about as many originals each; a sol or source image is never cut, so a long one makes a large block"
     unit = table.sol if (table.sol >= 0).all() else table.sequence
     if (unit == '').any():
         raise MarsclrError('images whose names hold no sol and no sequence have no blocks of time')
@@ -78,7 +78,7 @@ def predict_fold(
     p = model.predict_proba(scale.transform(x[test]))
     return test, model.classes_[p.argmax(1)], log_losses(p, model.classes_, y[test])
 
-# %% ../nbs/06a_cross_validation.ipynb #70cc9ce1
+# %% ../nbs/06a_cross_validation.ipynb #8f355bc8
 def cross_validate(
     features,           # (N, D) features of all images of a labeled pack
     table:pd.DataFrame, # its table, with labels, and sols or source images
@@ -90,6 +90,8 @@ def cross_validate(
     table = table[labeled]
     x = np.asarray(features, np.float32)[labeled]
     y = table.label.to_numpy()
+    if n_blocks % n_folds: raise MarsclrError(f'{n_blocks} blocks make no {n_folds} equal folds: choose a divisor')
+    if not len(y): raise MarsclrError('no image of the pack has a label: there is nothing to predict')
     if not np.isfinite(x).all():
         raise MarsclrError('features hold NaN or infinity: the encoder has diverged')
     blocks = image_blocks(table, n_blocks)
@@ -102,7 +104,7 @@ def cross_validate(
     result = pd.DataFrame(of_images)
     return result.groupby('block', as_index=False).sum()
 
-# %% ../nbs/06a_cross_validation.ipynb #8b7baf22
+# %% ../nbs/06a_cross_validation.ipynb #aa488b29
 def paired_gain(
     a:pd.DataFrame, # blocks of one encoder: seed, block, images, and the column
     b:pd.DataFrame, # of another one; seeds that both have are compared
@@ -115,7 +117,7 @@ def paired_gain(
     if not len(both): return dict(gain=np.nan, half=np.nan, seeds=0)
     both['more'] = both[column] - both[f'{column}_b']
     more = both.pivot(index='seed', columns='block', values='more').to_numpy(float)
-    images = both.groupby('block').images.first().to_numpy()
+    images = both.groupby('block')['known' if column == 'log_loss' else 'images'].first().to_numpy()
     n_seeds,n_blocks = more.shape
     rng = np.random.default_rng(seed)
     of_seeds = rng.multinomial(n_seeds, np.full(n_seeds, 1/n_seeds), draws)/n_seeds
@@ -124,7 +126,7 @@ def paired_gain(
     half = 196*drawn.std() if n_seeds > 2 else np.nan
     return dict(gain=100*more.mean(0).sum()/images.sum(), half=half, seeds=n_seeds)
 
-# %% ../nbs/06a_cross_validation.ipynb #2d47d506
+# %% ../nbs/06a_cross_validation.ipynb #906aa52e
 def plus_minus(gain:dict) -> str: # without an interval where there is none
     "A difference as `paired_gain` gives it, as text"
     return f"{gain['gain']:+.1f}" + ('' if np.isnan(gain['half']) else f" ± {gain['half']:.1f}")
@@ -152,7 +154,8 @@ def compare_methods(
             row[f'log_loss less {over}'] = plus_minus(paired_gain(t, base, 'log_loss'))
             row[f'test less {over}'] = plus_minus(paired_gain(official_test(t), official_test(base)))
         rows[method] = row
-    return pd.DataFrame(rows).T.fillna('')
+    table = pd.DataFrame(rows).T.fillna('')
+    return table.astype({'accuracy': float, 'log_loss': float, 'test': float}).round({'accuracy': 1, 'log_loss': 3, 'test': 1})
 
 # %% ../nbs/06a_cross_validation.ipynb #d4ffadd5
 def gain_figure(

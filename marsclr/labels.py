@@ -32,8 +32,10 @@ def _rows(path):
 def _columns(fields):
     "Which column holds what, by the names in the first line; None where it names none"
     words = [o.lower() for o in fields]
-    found = {what: j for j,o in enumerate(words) for what,known in _names.items() if o in known}
-    return found if {'path', 'label'} <= found.keys() else None
+    found = [(what, j) for j,o in enumerate(words) for what,known in _names.items() if o in known]
+    if len(dict(found)) < len(found):
+        raise MarsclrError(f'the header {",".join(fields)!r} names two columns for the same thing: rename one')
+    return dict(found) if {'path', 'label'} <= dict(found).keys() else None
 
 # %% ../nbs/00b_labels.ipynb #f4562baf
 def read_label_table(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NTXentLoss', 'DCLLoss', 'ClusterAwareLoss', 'ViewPositivesLoss', 'EliminationLoss', 'AttractionLoss', 'losses',
-           'anchor_losses', 'listed', 'masked', 'Tiled', 'contrastive_loss', 'ContrastiveLoss']
+           'anchor_losses', 'listed', 'masked', 'Tiled', 'check_pairs', 'contrastive_loss', 'ContrastiveLoss']
 
 # %% ../nbs/03_losses.ipynb #8a10bebb
 from functools import partial
@@ -84,6 +84,11 @@ class Tiled(torch.autograd.Function):
     def backward(ctx, of_mean, _): return of_mean*ctx.saved_tensors[0], None, None, None, None
 
 # %% ../nbs/03_losses.ipynb #1a973be5
+def check_pairs(positives, negatives):
+    "Both are of the image or of the cluster"
+    for o in (positives, negatives):
+        if o not in ('view', 'cluster'): raise MarsclrError(f"{o!r} is neither 'view' nor 'cluster'")
+
 def contrastive_loss(
     z:torch.Tensor,             # (M, D) projections of the views
     ids:torch.Tensor,           # (M,) int64: the image of each view
@@ -96,10 +101,12 @@ def contrastive_loss(
     tile:int=None,              # anchors at a time; by default as many as fit a cache (on a GPU, 2**26 similarities)
 ) -> tuple: # the loss (scalar), and the number of anchors without a negative
     "A contrastive loss; mean over each anchor's positives, then over anchors. Memory grows with M, not with its square"
-    z = F.normalize(z if z.dtype == torch.float64 else z.float(), dim=1)
+    check_pairs(positives, negatives)
     tile = tile or max(64, 2**(19 if z.device.type == 'cpu' else 26)//len(z))
     def of_rows(a, b, rows): return anchor_losses(a, b, rows, ids, clusters, positives, negatives, positive_below)
-    return Tiled.apply(z, temperature, anchors, tile, of_rows)
+    with torch.autocast(z.device.type, enabled=False):
+        z = F.normalize(z if z.dtype == torch.float64 else z.float(), dim=1)
+        return Tiled.apply(z, temperature, anchors, tile, of_rows)
 
 # %% ../nbs/03_losses.ipynb #8aa36361
 class ContrastiveLoss(nn.Module):
@@ -112,10 +119,9 @@ class ContrastiveLoss(nn.Module):
     ):
         super().__init__()
         if not temperature > 0: raise MarsclrError(f'temperature {temperature}: must be above 0')
-        for o in (positives, negatives):
-            if o not in ('view', 'cluster'): raise MarsclrError(f"{o!r} is neither 'view' nor 'cluster'")
+        check_pairs(positives, negatives)
         self.temperature,self.positives,self.negatives,self.positive_below = temperature,positives,negatives,positive_below
-        self.lonely = 0
+        self.lonely,self.checked = 0,False
 
     @property
     def needs_clusters(self): return 'cluster' in (self.positives, self.negatives)
@@ -128,6 +134,9 @@ class ContrastiveLoss(nn.Module):
         if self.needs_clusters and clusters is None: raise MarsclrError('this loss needs cluster ids, one a view')
         for o in (ids, clusters):
             if o is not None and o.shape != z.shape[:1]: raise MarsclrError(f'{len(z)} projections with ids of shape {tuple(o.shape)}: give one id a view')
+        if not self.checked and len(z) and len(ids.unique()) == len(ids):
+            raise MarsclrError('no two views are of one image: give both views of an image the same id')
+        self.checked = True
         anchors = slice(rank()*len(z), (rank()+1)*len(z))
         z,ids,clusters = gather(z), gather(ids), None if clusters is None else gather(clusters)
         loss,self.lonely = contrastive_loss(z, ids, clusters, self.temperature, self.positives, self.negatives, self.positive_below, anchors)

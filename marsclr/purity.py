@@ -14,7 +14,7 @@ import numpy as np, pandas as pd
 from matplotlib import pyplot as plt
 from .cluster_quality import pair_quality
 from .clustering import Clusters
-from .core import append_rows
+from .core import MarsclrError, append_rows
 from .encoders import encode, load_encoder
 from .homogeneity import labeled_yard, yard_pack
 from .linear_evaluation import probe
@@ -29,6 +29,8 @@ def spoil_classes(
     seed:int=42,
 ) -> np.ndarray: # (N,) int64 cluster ids, without gaps
     "Clusters that are the true classes, spoiled on purpose"
+    if how not in ('wrong', 'cut', 'merged'):
+        raise MarsclrError(f'{how!r} is no way to spoil classes: choose from wrong cut merged')
     rng = np.random.default_rng([seed, 11])
     n = len(labels)
     if how == 'wrong': ids = np.where(rng.random(n) < amount, rng.permutation(labels), labels)
@@ -105,7 +107,7 @@ def gains_over_dcl(
 def break_even(
     table:pd.DataFrame, # what `gains_over_dcl` made
     method='cluster-aware',
-) -> float: # a purity; NaN if the gain never changes its sign
+) -> float: # a purity; NaN if the mean gain never rises through zero, the highest crossing if several
     "The purity from which a method gains on DCL, between the points of wrong images"
     t = table[(table.method == method) & (table.how == 'wrong')].sort_values('purity')
     x,y = t.purity.to_numpy(), t.gain.to_numpy()

@@ -28,7 +28,8 @@ def tile_places(
     xs,ys = tile_starts(width, size, overlap),tile_starts(height, size, overlap)
     places = [(x, y) for y in ys for x in xs]
     if not 0 < most < len(places): return places
-    return [places[i] for i in np.linspace(0, len(places)-1, most).round().astype(int)]
+    spread = np.argsort(np.arange(len(places))*.6180339887 % 1, kind='stable') # golden ratio: even in both directions
+    return [places[i] for i in sorted(spread[:most])]
 
 # %% ../nbs/00b_tiles.ipynb #1cd69d6c
 def put_together(

@@ -29,6 +29,7 @@ def test_commands():
         radius:float,       # pixels
         line_width:int=2,   # pixels, at most 50 % of the radius
         colour:str='ochre',
+        blur:int=0,         # pixels
         from_:str='',       # picture to draw it into
         dry_run:bool=False, # only say what would be drawn
     ):
@@ -37,10 +38,11 @@ def test_commands():
     parser = command_parser(draw_circle, 'draw_circle')
     parser.print_help()
 
-    expected = dict(radius=3., line_width=5, colour='a-b', from_='', dry_run=True)
+    expected = dict(radius=3., line_width=5, colour='a-b', blur=0, from_='', dry_run=True)
     for words in ('3 --line_width 5 --dry_run --colour a-b', '3 --line-width 5 --dry-run --colour=a-b', '--line-width=5 --dry-run --colour=a-b 3'):
         test_eq(parse_options(parser, words.split()), expected)
-    test_eq(parse_options(parser, ['3', '--from', 'mars.png']), dict(radius=3., line_width=2, colour='ochre', from_='mars.png', dry_run=False))
+    assert '(default: 0)' in parser.format_help()
+    test_eq(parse_options(parser, ['3', '--from', 'mars.png']), dict(radius=3., line_width=2, colour='ochre', blur=0, from_='mars.png', dry_run=False))
 
     def refused(words):
         with redirect_stderr(io.StringIO()) as said, expect_fail(SystemExit, '2'): parse_options(parser, words.split())

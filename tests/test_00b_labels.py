@@ -19,6 +19,8 @@ def test_a_table_of_labels():
     test_eq(_columns(['Label', 'File', 'set', 'remarks']), dict(label=0, path=1, split=2))
     test_eq(_columns(['a.jpg', 'rock']), None)
 
+    with expect_fail(MarsclrError, 'names two columns for the same thing'): _columns(['path', 'label', 'category'])
+
     tmp = Path(tempfile.mkdtemp())
     table = tmp/'labels.csv'
     table.write_bytes('\ufefffile,label,split\r\n"rock, small 1.jpg","float ""A""",Train\r\nsub\\b.jpg,sand,validation \r\n'.encode())

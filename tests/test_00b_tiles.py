@@ -19,6 +19,10 @@ def test_opening():
     test_eq(len(tile_places(1648, 1200, 192, most=10)), 10)
     len(tile_places(1648, 1200, 192))
 
+    some = tile_places(1648, 1200, 192, most=8)
+    test_eq(len(some), 8)
+    assert len({x for x,_ in some}) > 3 and len({y for _,y in some}) > 3
+
     frame = np.random.default_rng(0).integers(0, 256, (1200, 1648, 3), dtype=np.uint8)
     places = tile_places(1648, 1200, 192)
     test_eq(put_together([frame[y:y+192,x:x+192] for x,y in places], places), frame)

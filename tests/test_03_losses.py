@@ -57,6 +57,8 @@ def test_the_same_as_a_matrix():
     test_close(of_views('view', 'view', True), eq1, eps=1e-12)
     test_close(of_views('cluster', 'cluster', False), cluster_aware, eps=1e-12)
     test_close(of_views('view', 'cluster', False), view_positives, eps=1e-12)
+    elimination = by_hand(z, same_image & ~itself, (~same_cluster | same_image) & ~itself, .5)
+    test_close(of_views('view', 'cluster', True), elimination, eps=1e-12)
 
     rng = torch.Generator().manual_seed(0)
     s,below = torch.randn(40, 60, generator=rng),torch.randn(40, generator=rng)
@@ -160,7 +162,7 @@ def test_gradients():
 
 def test_low_precision_and_low_temperature():
     z16 = z.bfloat16()
-    for t in (.05, .1, .5, 1.):
+    for t in (.01, .05, .1, .5, 1.):
         for f in losses.values():
             exact = f(t)(z16.double(), ids, clusters)
             test_close(f(t)(z16, ids, clusters), exact, eps=1e-4*(1+abs(exact.item())))
@@ -170,9 +172,15 @@ def test_low_precision_and_low_temperature():
                 value.backward()
                 assert value.isfinite() and zs.grad.isfinite().all()
 
+    outside = NTXentLoss(.05)(z.float(), ids)
+    with torch.autocast('cpu', torch.bfloat16): inside = NTXentLoss(.05)(z.float(), ids)
+    test_eq(inside, outside)
+
 
 def test_what_is_refused():
     with expect_fail(MarsclrError, 'temperature 0'): NTXentLoss(0)
     with expect_fail(MarsclrError, 'needs cluster ids'): ClusterAwareLoss(.5)(z, ids)
     with expect_fail(MarsclrError, 'give one id a view'): NTXentLoss(.5)(z, ids[:5])
     with expect_fail(MarsclrError, "'cats' is neither"): ContrastiveLoss(positives='cats')
+    with expect_fail(MarsclrError, "'views' is neither"): contrastive_loss(z, ids, clusters, positives='views')
+    with expect_fail(MarsclrError, 'give both views of an image the same id'): NTXentLoss(.5)(z, torch.arange(len(z)))

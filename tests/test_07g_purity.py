@@ -6,7 +6,7 @@ import numpy as np, pandas as pd
 from matplotlib import pyplot as plt
 from marsclr.cluster_quality import pair_quality
 from marsclr.clustering import Clusters
-from marsclr.core import append_rows
+from marsclr.core import MarsclrError, append_rows
 from marsclr.encoders import encode, load_encoder
 from marsclr.homogeneity import labeled_yard, yard_pack
 from marsclr.linear_evaluation import probe
@@ -29,11 +29,11 @@ def test_three_ways_to_spoil_classes():
     test_eq(table.loc['merged', 2].recall, 1)
     test_close(table.loc['wrong', 1].purity, 39/399, eps=.02)
     test_close(table.loc['merged', 2].purity, 39/79, eps=1e-9)
+    with expect_fail(MarsclrError, "'mixed' is no way"): spoil_classes(labels, 'mixed', 2)
     table.round(3)
 
 
 def test_a_point_of_the_curve():
-    global curve, tmp
     tmp = Path(tempfile.mkdtemp())
     tiny = dict(backbone='resnet10t', image_size=32, epochs=1, batch_size=16, warmup=2, device='cpu')
     settings = dict(images=64, labeled=72, classes=4, yard=dict(size=32, homogeneity=.3), pretrain=tiny, ways=[('wrong', 0), ('merged', 2)], seeds=[42])
@@ -52,7 +52,3 @@ def test_what_it_says():
     assert np.isnan(break_even(line.assign(gain=1)))
     by_hand = pd.DataFrame(dict(seed=[1, 1, 2, 2], method=['DCL', 'cluster-aware']*2, how=['', 'wrong']*2, amount=0, purity=1., recall=1., accuracy=[.5, .6, .5, .7]))
     test_close(gains_over_dcl(by_hand)[['gain', 'sd']].iloc[0], [15, 50**.5], eps=1e-6)
-
-    purity_figure(curve);
-
-    shutil.rmtree(tmp)
