@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np, pandas as pd
 from marsclr.core import MarsclrError, read_lines
 from marsclr.datasets import Archive, image_folder
+import shutil
 import tempfile
 from fastcore.test import *
 from marsclr.marsyard import write_marsyard
-import shutil
 from marsclr.labels import *
 from marsclr.labels import _class_list, _columns
 

@@ -11,13 +11,13 @@ from PIL import Image, ImageOps, TiffImagePlugin
 from marsclr.core import one_line
 from marsclr.pixels import choose_bands, pillow_values, tiff_values
 from marsclr.tiles import plan_tiles
+import shutil
 import tempfile, zlib
 from threading import Thread
 import matplotlib.pyplot as plt
 from fastcore.test import *
 from marsclr.marsyard import marsyard
 from marsclr.tiles import put_together
-import shutil
 from marsclr.reading import *
 from marsclr.reading import _Room
 
