@@ -265,7 +265,8 @@ def make_config(
     if settings['precision'] == 'auto': settings = dict(settings, precision='bf16' if fast_bf16(pick_device(settings['device'])) else 'fp32')
     where = ('pack', 'run', 'clusters', 'save_every', 'knn', 'device')
     positives = losses[settings['loss']]().positives
-    start = dict(positives=positives, init=describe_init(settings['init']), backbone=backbone_of(settings['init'], settings['backbone']))
+    backbone = backbone_of(settings['init'], settings['backbone'])
+    start = dict(positives=positives, backbone=backbone, init=describe_init(settings['init']))
     return dict({k: v for k,v in settings.items() if k not in where} | start, pack=pack.name, images=len(pack), pack_fingerprint=pack.fingerprint,
                 clusters=groups.source if groups else '', clusters_fingerprint=groups.fingerprint if groups else '', marsclr=__version__)
 
