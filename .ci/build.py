@@ -97,7 +97,8 @@ def generate(root:Path, nbs:str, lib:str):
     for path in notebooks(root, nbs):
         try: text = make_test(root, lib, path)
         except (BuildError, SyntaxError) as e: raise BuildError(f'{path.relative_to(root)}: {e}') from e
-        if text: (root/'tests'/f'test_{path.stem}.py').write_text(text, encoding='utf-8')
+        name = '_'.join(path.relative_to(root/nbs).with_suffix('').parts)
+        if text: (root/'tests'/f'test_{name}.py').write_text(text, encoding='utf-8')
     if (root/nbs/'index.ipynb').exists(): (root/'README.md').write_text(make_readme(root/nbs/'index.ipynb'), encoding='utf-8')
 
 def why(k:str, old:dict, new:dict) -> str:

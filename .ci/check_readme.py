@@ -35,7 +35,7 @@ def commands(source):
 
 def prepare(folder):
     "my-images and my-labels.csv, as somebody's own archive"
-    from marsclr.marsyard import write_marsyard
+    from marsclr.archives.marsyard import write_marsyard
     yard = write_marsyard(folder/'my-images', n=IMAGES, size=128)
     labels = [o.replace(' ', ',class ') for f in sorted(yard.glob('*-set-*.txt')) for o in f.read_text().splitlines()]
     (folder/'my-labels.csv').write_text('path,label\n' + ''.join(f'images/{o}\n' for o in labels))

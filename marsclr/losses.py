@@ -11,8 +11,8 @@ from functools import partial
 
 import torch, torch.nn.functional as F
 from torch import nn
-from .core import MarsclrError
-from .processes import gather, mean_of_all, rank
+from .engine.files import MarsclrError
+from .engine.processes import gather, mean_over_ranks, rank
 
 # %% ../nbs/03_losses.ipynb #977c45e1
 def anchor_losses(
@@ -140,7 +140,7 @@ class ContrastiveLoss(nn.Module):
         anchors = slice(rank()*len(z), (rank()+1)*len(z))
         z,ids,clusters = gather(z), gather(ids), None if clusters is None else gather(clusters)
         loss,self.lonely = contrastive_loss(z, ids, clusters, self.temperature, self.positives, self.negatives, self.positive_below, anchors)
-        return mean_of_all(loss)
+        return mean_over_ranks(loss)
 
     def extra_repr(self): return f'temperature={self.temperature}, positives={self.positives}, negatives={self.negatives}, positive_below={self.positive_below}'
 

@@ -22,15 +22,15 @@ from fastcore.foundation import L
 from timm.models import group_parameters
 from torch.nn.modules.batchnorm import _BatchNorm
 from . import __version__
-from .augmentations import Views
-from .clustering import capture_clusters, kmeans, load_clusters, pool_groups
-from .core import MarsclrError
-from .encoders import ContrastiveModel, backbone_of, check_size, create_encoder, describe_init, encode, fast_bf16
-from .encoders import input_stats, pick_device, projection_head, save_encoder, width
+from .engine.views import Views
+from .engine.clusters import capture_clusters, kmeans, load_clusters, pool_groups
+from .engine.files import MarsclrError
+from .engine.encoders import ContrastiveModel, backbone_of, check_size, create_encoder, describe_init, encode, fast_bf16
+from .engine.encoders import input_stats, pick_device, projection_head, save_encoder, width
 from .losses import losses
-from .packing import Pack, load_pack, open_packs
-from .processes import decided, joined, rank
-from .runs import Autocast, PackLoader, RunFolder, RunLearner, bare, open_run, show_progress
+from .engine.packing import Pack, load_pack, open_packs
+from .engine.processes import on_first_rank, process_group, rank
+from .engine.runs import Autocast, PackLoader, RunFolder, RunLearner, unwrap_model, open_run, show_progress
 
 # %% ../nbs/04_training.ipynb #d31dbb7b
 class TwoViews(Callback):
@@ -128,7 +128,7 @@ def by_layer(
     model, # `ContrastiveModel`, of an encoder that timm can take apart
 ) -> list: # of lists of parameters: those of the encoder from first layer to last, then those of the head
     "The parameters of each layer"
-    encoder,head = bare(model).encoder,bare(model).head
+    encoder,head = unwrap_model(model).encoder,unwrap_model(model).head
     layer = group_parameters(encoder, encoder.group_matcher(), reverse=True)
     groups = {k: [] for k in sorted(set(layer.values()))}
     for name,p in encoder.named_parameters(): groups[layer[name]].append(p)
@@ -138,7 +138,7 @@ def by_layer(
 class FrozenNorm(Callback):
     "Batch norm in the encoder keeps the means and variances that it began with"
     def before_train(self):
-        for o in bare(self.model).encoder.modules():
+        for o in unwrap_model(self.model).encoder.modules():
             if isinstance(o, _BatchNorm): o.eval()
 
 # %% ../nbs/04_training.ipynb #d60691ad
@@ -170,7 +170,7 @@ class OnlineKnn(Callback):
         self.size,self.accuracy = size,float('nan')
 
     def after_epoch(self):
-        encoder = bare(self.model).encoder
+        encoder = unwrap_model(self.model).encoder
         feats = [encode(encoder, p, self.size, device=self.dls.device) for p in (self.train, self.val)]
         labels = [torch.tensor(p.table.label.to_numpy()) for p in (self.train, self.val)]
         self.accuracy = knn_accuracy(feats[0], labels[0], feats[1], labels[1])
@@ -190,8 +190,8 @@ class RefreshClusters(Callback):
 
     def before_epoch(self):
         if self.dls.train.start or not self.epoch or self.epoch % self.every: return
-        x = pool_groups(encode(bare(self.model).encoder, self.pack, device=self.dls.device), capture_clusters(self.pack).ids)
-        ids,_ = decided(lambda: kmeans(F.normalize(x, dim=1).numpy(), self.k, self.seed))
+        x = pool_groups(encode(unwrap_model(self.model).encoder, self.pack, device=self.dls.device), capture_clusters(self.pack).ids)
+        ids,_ = on_first_rank(lambda: kmeans(F.normalize(x, dim=1).numpy(), self.k, self.seed))
         self.two_views.clusters = torch.as_tensor(ids, device=self.dls.device)
 
     def state(self): return dict(clusters=self.two_views.clusters)
@@ -233,14 +233,14 @@ def pretrain(
     data = open_packs(pack)
     groups = load_clusters(clusters, data) if clusters else None
     config = make_config(settings, data, groups)
-    with joined(pick_device(device)):
+    with process_group(pick_device(device)):
         learn = learner_from(config, data, groups, run, save_every, load_pack(knn) if knn else None, device, init)
         config['normalisation'] = list(map(list, input_stats(learn.model)))
         older = dict(unnamed, positives='cluster' if loss == 'attraction' else 'view')
         if open_run(run, config, later=older):
             if rank() == 0 and init != 'random': print(f"{run} begins with {config['init']}", flush=True)
             learn.fit(epochs)
-            if rank() == 0: save_encoder(bare(learn.model).encoder, run/'encoder.safetensors')
+            if rank() == 0: save_encoder(unwrap_model(learn.model).encoder, run/'encoder.safetensors')
         elif rank() == 0: print(f'{run} is finished', flush=True)
     return run
 

@@ -3,8 +3,8 @@
 from functools import partial
 import torch, torch.nn.functional as F
 from torch import nn
-from marsclr.core import MarsclrError
-from marsclr.processes import gather, mean_of_all, rank
+from marsclr.engine.files import MarsclrError
+from marsclr.engine.processes import gather, mean_over_ranks, rank
 import matplotlib.pyplot as plt, numpy as np, pandas as pd
 from fastcore.test import *
 from lightly.loss import NTXentLoss as LightlyNTXent, DCLLoss as LightlyDCL

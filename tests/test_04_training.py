@@ -14,27 +14,27 @@ from fastcore.foundation import L
 from timm.models import group_parameters
 from torch.nn.modules.batchnorm import _BatchNorm
 from marsclr import __version__
-from marsclr.augmentations import Views
-from marsclr.clustering import capture_clusters, kmeans, load_clusters, pool_groups
-from marsclr.core import MarsclrError
-from marsclr.encoders import ContrastiveModel, backbone_of, check_size, create_encoder, describe_init, encode, fast_bf16
-from marsclr.encoders import input_stats, pick_device, projection_head, save_encoder, width
+from marsclr.engine.views import Views
+from marsclr.engine.clusters import capture_clusters, kmeans, load_clusters, pool_groups
+from marsclr.engine.files import MarsclrError
+from marsclr.engine.encoders import ContrastiveModel, backbone_of, check_size, create_encoder, describe_init, encode, fast_bf16
+from marsclr.engine.encoders import input_stats, pick_device, projection_head, save_encoder, width
 from marsclr.losses import losses
-from marsclr.packing import Pack, load_pack, open_packs
-from marsclr.processes import decided, joined, rank
-from marsclr.runs import Autocast, PackLoader, RunFolder, RunLearner, bare, open_run, show_progress
+from marsclr.engine.packing import Pack, load_pack, open_packs
+from marsclr.engine.processes import on_first_rank, process_group, rank
+from marsclr.engine.runs import Autocast, PackLoader, RunFolder, RunLearner, unwrap_model, open_run, show_progress
 import shutil, tempfile
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, timm
 from fastai.callback.core import CancelFitException
 from fastcore.test import *
-from marsclr.cluster_quality import pair_quality
-from marsclr.clustering import feature_clusters, pixel_features
-from marsclr.core import read_json, write_json
+from marsclr.clustering import pair_quality
+from marsclr.engine.clusters import feature_clusters, pixel_features
+from marsclr.engine.files import read_json, write_json
 from marsclr.datasets import msl
-from marsclr.encoders import load_encoder
-from marsclr.marsyard import write_marsyard
-from marsclr.packing import pack_archive
-from marsclr.runs import load_checkpoint
+from marsclr.engine.encoders import load_encoder
+from marsclr.archives.marsyard import write_marsyard
+from marsclr.engine.packing import pack_archive
+from marsclr.engine.runs import load_checkpoint
 from marsclr.training import *
 
 

@@ -17,8 +17,8 @@ import torch
 from accelerate.commands.launch import launch_command_parser
 from forked import Script, scripts
 
-from marsclr.marsyard import write_marsyard
-from marsclr.pixels import _retagged
+from marsclr.archives.marsyard import write_marsyard
+from marsclr.engine.pixels import _retagged
 
 SMALL = '--backbone resnet10t --image_size 32 --batch_size 16 --epochs 1 --device cpu'
 BAD = [o.split(' -> ') for o in (Path(__file__).parent/'bad_input.txt').read_text().splitlines() if o and o[0] != '#']

@@ -17,15 +17,15 @@ from forked import forks
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from marsclr.augmentations import Views
-from marsclr.clustering import label_clusters, load_clusters
+from marsclr.engine.views import Views
+from marsclr.engine.clusters import label_clusters, load_clusters
 from marsclr.datasets import msl
-from marsclr.encoders import ContrastiveModel, create_encoder, encode
+from marsclr.engine.encoders import ContrastiveModel, create_encoder, encode
 from marsclr.losses import losses
-from marsclr.marsyard import write_marsyard
-from marsclr.packing import load_pack, pack_archive
-from marsclr.processes import joined, rank, world
-from marsclr.runs import PackLoader, RunFolder
+from marsclr.archives.marsyard import write_marsyard
+from marsclr.engine.packing import load_pack, pack_archive
+from marsclr.engine.processes import process_group, rank, world_size
+from marsclr.engine.runs import PackLoader, RunFolder
 from marsclr.texture import TripletLoss
 from marsclr.training import contrastive_learner
 
@@ -64,7 +64,7 @@ SETTINGS = {**{name: partial(contrastive, name) for name in losses}, 'triplet': 
 
 
 def gradients(folder):
-    part = torch.arange(IMAGES).view(world(), -1)[rank()]
+    part = torch.arange(IMAGES).view(world_size(), -1)[rank()]
     torch.save({name: f(DistributedDataParallel(network()), part) for name, f in SETTINGS.items()}, f'{folder}/{rank()}.pt')
 
 
@@ -134,11 +134,11 @@ def one_process(number, w, port, work, folder):
     torch.set_num_threads(1)  # or they fight for the cores
     os.environ |= dict(RANK=str(number), LOCAL_RANK=str(number), WORLD_SIZE=str(w), MASTER_ADDR='localhost', MASTER_PORT=str(port), ACCELERATE_USE_CPU='true')
     if w == 1: dist.init_process_group('gloo')  # data-parallel training wants a group even then
-    with joined(torch.device('cpu')):
-        assert (world(), rank(), dist.get_backend()) == (w, number, 'gloo')
+    with process_group(torch.device('cpu')):
+        assert (world_size(), rank(), dist.get_backend()) == (w, number, 'gloo')
         work(str(folder))
     if w > 1:
-        with pytest.raises(ValueError, match='cannot a second time'), joined(torch.device('cpu')): pass
+        with pytest.raises(ValueError, match='cannot a second time'), process_group(torch.device('cpu')): pass
 
 
 def several(w, work, folder):
@@ -213,7 +213,7 @@ def test_a_batch_that_cannot_be_divided_is_refused(folder):
 
 def launch(*line):
     "A command line in two processes"
-    start = [sys.executable, '-c', 'from marsclr.processes import marsclr_launch; marsclr_launch()', '--cpu', '--num_processes', '2']
+    start = [sys.executable, '-c', 'from marsclr.engine.processes import marsclr_launch; marsclr_launch()', '--cpu', '--num_processes', '2']
     env = os.environ | {'OMP_NUM_THREADS': '1', 'PATH': f'{Path(sys.executable).parent}:{os.environ["PATH"]}'}
     return subprocess.run([*start, *map(str, line)], env=env, capture_output=True, text=True, timeout=300)
 

@@ -16,12 +16,12 @@ import pandas as pd
 import pytest
 from forked import forks
 
-from marsclr.archives import records, unpack
-from marsclr.core import MarsclrError
+from marsclr.archives.zenodo import records, unpack
+from marsclr.engine.files import MarsclrError
 from marsclr.datasets import hirise, image_folder
-from marsclr.downloads import Fault, Fetcher, filling, get_file, get_json
-from marsclr.fetch import marsclr_fetch
-from marsclr.stand_in import StandIn, faults, pictures, rover_stand_in
+from marsclr.archives.downloads import Fault, Fetcher, exclusive_folder, get_file, get_json
+from marsclr.archives.fetch import marsclr_fetch
+from stand_in import StandIn, faults, pictures, rover_stand_in
 
 QUICK = '--rate 2000 --wait .01 --patience .3'
 
@@ -166,7 +166,7 @@ def test_a_full_disk_is_one_line_and_goes_on(tmp_path):
 
 
 def test_a_second_process_is_refused(tmp_path):
-    with rover_stand_in('perseverance', [10], each=3) as server, filling(tmp_path/'perseverance'):
+    with rover_stand_in('perseverance', [10], each=3) as server, exclusive_folder(tmp_path/'perseverance'):
         status, said = finish(f'perseverance --sols 10 --to {tmp_path/"perseverance"}', server, tmp_path/'out')
     assert status == 1 and 'another process' in said.splitlines()[-1]
 

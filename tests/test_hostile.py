@@ -20,12 +20,12 @@ from forked import forks
 from PIL import Image
 
 from marsclr import pack_writer, reading
-from marsclr.core import MarsclrError
+from marsclr.engine.files import MarsclrError
 from marsclr.datasets import find_images, image_folder, msl, rovers
-from marsclr.marsyard import write_marsyard
-from marsclr.packing import load_pack, marsclr_pack, pack_archive
-from marsclr.pixels import _retagged
-from marsclr.reading import Reading, decode, read_image
+from marsclr.archives.marsyard import write_marsyard
+from marsclr.engine.packing import load_pack, marsclr_pack, pack_archive
+from marsclr.engine.pixels import _retagged
+from marsclr.engine.reading import Reading, decode, read_image
 
 
 def job(function, *args):
@@ -36,7 +36,7 @@ def job(function, *args):
 
 PACK = """from pathlib import Path
 from marsclr.datasets import image_folder
-from marsclr.packing import pack_archive
+from marsclr.engine.packing import pack_archive
 pack_archive(image_folder({root!r}), {to!r}, size=32, workers=2)
 Path({peak!r}).write_text(next(o.split()[1] for o in open('/proc/self/status') if o.startswith('VmHWM')))"""
 

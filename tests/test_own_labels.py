@@ -5,8 +5,8 @@ import pytest
 from fastcore.test import expect_fail
 
 from marsclr.linear_evaluation import marsclr_probe
-from marsclr.marsyard import marsyard
-from marsclr.packing import load_pack, marsclr_pack
+from marsclr.archives.marsyard import marsyard
+from marsclr.engine.packing import load_pack, marsclr_pack
 from PIL import Image
 
 

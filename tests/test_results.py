@@ -3,9 +3,9 @@ from pathlib import Path
 
 import pandas as pd, pytest
 from marsclr import diagnosis
-from marsclr.paper import config_of, grid, key, missing, read_cells
-from marsclr.purity import break_even, gains_over_dcl
-from marsclr.reproduction import presets
+from marsclr.study.grid import config_of, grid, key, missing, read_cells
+from marsclr.study.purity import break_even, gains_over_dcl
+from marsclr.study.chain import presets
 
 results = Path(__file__).parent.parent/'nbs/results'
 

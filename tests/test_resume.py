@@ -20,13 +20,13 @@ import torch
 from forked import Script
 
 from marsclr.datasets import msl
-from marsclr.marsyard import write_marsyard
-from marsclr.packing import pack_archive
+from marsclr.archives.marsyard import write_marsyard
+from marsclr.engine.packing import pack_archive
 from marsclr.pretrain import marsclr_pretrain
-from marsclr.runs import load_checkpoint, open_run
+from marsclr.engine.runs import load_checkpoint, open_run
 
 SMALL = '--backbone test_resnet --image_size 32 --batch_size 16 --epochs 30 --save_every 1 --device cpu'.split()  # 120 steps
-LAUNCH = [sys.executable, '-c', 'from marsclr.processes import marsclr_launch; marsclr_launch()', '--cpu', '--num_processes', '2', '-m', 'marsclr.pretrain']
+LAUNCH = [sys.executable, '-c', 'from marsclr.engine.processes import marsclr_launch; marsclr_launch()', '--cpu', '--num_processes', '2', '-m', 'marsclr.pretrain']
 KEPT = {'.lock', 'config.json', 'log.csv', 'checkpoint.pt', 'checkpoint-before.pt', 'encoder.safetensors'}
 
 

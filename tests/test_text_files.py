@@ -4,7 +4,7 @@ import pytest
 from PIL import Image
 
 from marsclr.datasets import msl
-from marsclr.packing import load_pack, marsclr_pack
+from marsclr.engine.packing import load_pack, marsclr_pack
 
 NAMES = [f'{i:04d}ML0000000370100057E01_DRCL.jpg' for i in range(6)]
 DRESS = {'plain': lambda o: o, 'with a byte-order mark and CRLF': lambda o: b'\xef\xbb\xbf' + o.replace(b'\n', b'\r\n'),

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from marsclr.clustering import capture_clusters
+from marsclr.engine.clusters import capture_clusters
 from marsclr.datasets import image_folder
-from marsclr.packing import load_pack, marsclr_pack, pack_archive
-from marsclr.reading import Reading
-from marsclr.tiles import put_together
+from marsclr.engine.packing import load_pack, marsclr_pack, pack_archive
+from marsclr.engine.reading import Reading
+from marsclr.engine.tiles import put_together
 
 
 def noise(seed, width, height): return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
