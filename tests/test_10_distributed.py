@@ -122,11 +122,11 @@ from marsclr.engine.views import Views
 from marsclr.engine.encoders import ContrastiveModel, create_encoder
 from marsclr.losses import NTXentLoss
 from marsclr.engine.packing import load_pack
-from marsclr.engine.processes import joined, rank, world
+from marsclr.engine.processes import process_group, rank, world_size
 from marsclr.training import contrastive_learner
 
 sgd = partial(OptimWrapper, opt=torch.optim.SGD, momentum=.9)
-with joined(torch.device("cpu")):
+with process_group(torch.device("cpu")):
     torch.manual_seed(0)
     model = ContrastiveModel(create_encoder("convnext_atto", depths=(1, 1, 1, 1)), nn.Linear(320, 64))
     learn = contrastive_learner(load_pack("{tmp}/pack"), model, NTXentLoss(.5), Views(32), bs=32, lr=1e-3, opt_func=sgd, bf16=False, device="cpu")

@@ -5,7 +5,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 import pandas as pd
 from filelock import FileLock, Timeout
-import io, subprocess
+import io, subprocess, sys
 from contextlib import redirect_stderr
 from unittest.mock import patch
 from fastcore.test import *
@@ -49,7 +49,7 @@ def test_whole_files_or_none():
         with file_lock(run): test_eq(sorted(o.name for o in run.iterdir()), ['.lock', 'other.lock'])
 
     with tempfile.TemporaryDirectory() as d:
-        hold = f"import sys; from marsclr.core import alone\nwith alone({d!r}): print('held', flush=True); sys.stdin.read()"
+        hold = f"import sys; from marsclr.engine.files import file_lock\nwith file_lock({d!r}): print('held', flush=True); sys.stdin.read()"
         other = subprocess.Popen([sys.executable, '-c', hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         test_eq(other.stdout.readline(), 'held\n')
         with expect_fail(MarsclrError, 'is in use by another process'), file_lock(d): pass

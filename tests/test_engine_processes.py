@@ -29,13 +29,13 @@ def test_starting_them():
         "What two processes print, and what is said about their end"
         (tmp/'program.py').write_text(f"""
 import os, signal, torch
-from marsclr.core import command
+from marsclr.engine.commands import command
 from marsclr.engine.processes import *
 
 def say(*words): print(f'process {{rank()}} of {{world_size()}}: ' + ' '.join(map(str, words)) + '\\n', end='', flush=True)  # in one piece
 
 def program():
-    with joined(torch.device('cpu')):
+    with process_group(torch.device('cpu')):
 {indent(lines, ' '*8)}
 
 command(program, several=True)()
@@ -47,7 +47,7 @@ command(program, several=True)()
 
     greeted,ended = in_two("""
 say('here I am')
-agree(0, 'greeting')
+check_same_on_all(0, 'greeting')
 os.kill(os.getpid(), signal.SIGKILL) if rank() else gather(torch.zeros(1))
 """)
     test_eq(greeted, ['process 0 of 2: here I am', 'process 1 of 2: here I am'])
@@ -60,7 +60,7 @@ def test_what_they_share():
 x = torch.full((2,), rank()+1., requires_grad=True)
 everything = gather(x)
 everything.sum().square().backward()
-say(everything.tolist(), 'gradient', x.grad.tolist(), 'mean', mean_of_all(x.sum()).item())
+say(everything.tolist(), 'gradient', x.grad.tolist(), 'mean', mean_over_ranks(x.sum()).item())
 """)
     test_eq(shared, [f'process {i} of 2: [1.0, 1.0, 2.0, 2.0] gradient [24.0, 24.0] mean 3.0' for i in (0, 1)])
     test_eq(ended, 0)
@@ -70,7 +70,7 @@ say(everything.tolist(), 'gradient', x.grad.tolist(), 'mean', mean_of_all(x.sum(
     assert gather(x) is x and mean_over_ranks(x) is x
 
     parts,ended = in_two("""
-mine = torch.tensor(part(5))*10
+mine = torch.tensor(my_rows(5))*10
 say(mine.tolist(), gather_parts(mine, 5).tolist())
 """)
     test_eq(parts, ['process 0 of 2: [0, 10, 20] [0, 10, 20, 30, 40]', 'process 1 of 2: [30, 40] [0, 10, 20, 30, 40]'])
@@ -80,11 +80,11 @@ say(mine.tolist(), gather_parts(mine, 5).tolist())
 
 def test_how_they_agree():
     agreed,ended = in_two("""
-first = decided(lambda: f'I am {rank()}')
-some,none = any_of_all(rank() == 1, 'cpu'),any_of_all(False, 'cpu')
-agree(len([1, 2]), 'length')
+first = on_first_rank(lambda: f'I am {rank()}')
+some,none = any_rank(rank() == 1, 'cpu'),any_rank(False, 'cpu')
+check_same_on_all(len([1, 2]), 'length')
 say('told', first, some, none)
-agree(rank(), 'number')
+check_same_on_all(rank(), 'number')
 """)
     test_eq(agreed, [f'process {i} of 2: told I am 0 True False' for i in (0, 1)])
     assert ended.endswith('process 1 sees another number than the first (1, not 0): all must read the same files')
@@ -93,10 +93,10 @@ agree(rank(), 'number')
     def refuse(): raise MarsclrError('runs/a has other settings')
 
     refused,_ = in_two("""
-from marsclr.core import MarsclrError
+from marsclr.engine.files import MarsclrError
 def refuse(): raise MarsclrError('runs/a has other settings')
 
-try: decided(refuse)
+try: on_first_rank(refuse)
 except MarsclrError as e: say(e)
 """)
     test_eq(refused, [f'process {i} of 2: runs/a has other settings' for i in (0, 1)])

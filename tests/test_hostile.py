@@ -19,7 +19,7 @@ from fastcore.test import expect_fail
 from forked import forks
 from PIL import Image
 
-from marsclr import pack_writer, reading
+from marsclr.engine import pack_writer, reading
 from marsclr.engine.files import MarsclrError
 from marsclr.datasets import find_images, image_folder, msl, rovers
 from marsclr.archives.marsyard import write_marsyard

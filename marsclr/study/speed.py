@@ -194,7 +194,7 @@ def bench_augment(rounds):
     for size,packed in ((224, 256), (64, 96)):
         images,_ = marsyard(256, size=packed)
         t = summary(take_turns(augment_cases(images, size), rounds), len(images), view=size, image=packed)
-        setup = f'from marsclr import bench as b\ncases = b.augment_cases(b.marsyard({len(images)}, size={packed})[0], {size})'
+        setup = f'from marsclr.study import speed as b\ncases = b.augment_cases(b.marsyard({len(images)}, size={packed})[0], {size})'
         tables.append(t.assign(peak_MiB=[measure_alone(setup, f'cases[{o!r}]()')['peak_MiB'] for o in t.case]))
         print(tables[-1].round(3).to_string(index=False), flush=True)
     return pd.concat(tables, ignore_index=True)

@@ -140,7 +140,7 @@ def train_memory(
     batches:int=2,                        # in an epoch
 ) -> float: # MiB
     "Memory of training beyond that of the libraries"
-    setup = f"""from marsclr import bench_training as b
+    setup = f"""from marsclr.study import training_speed as b
 learn = b.contrastive_learner(b.yard_images({bs*batches}, {size*3//2}), b.model_of({backbone!r}), b.NTXentLoss(), b.Views({size}), bs={bs}, device='cpu')"""
     return measure_alone(setup, f'with learn.no_bar(), learn.no_logging(): learn.fit({epochs})')['peak_MiB']
 
@@ -222,7 +222,7 @@ def bench_train(rounds):
 def bench_features(rounds, large=100_000):
     pack = yard_images(2048, 64)
     t = summary(take_turns(feature_cases(pack, 'resnet18'), rounds), len(pack), images=len(pack))
-    setup = f"from marsclr import bench_training as b\nencoder,pack = b.create_encoder('resnet18'),b.yard_images({large}, 64)"
+    setup = f"from marsclr.study import training_speed as b\nencoder,pack = b.create_encoder('resnet18'),b.yard_images({large}, 64)"
     with tempfile.TemporaryDirectory() as folder: alone = measure_alone(setup, f"b.encode_to(encoder, pack, '{folder}/features.npy', device='cpu')")
     row = dict(case='marsclr, to a file', images=large, median_ms=alone['seconds']*1000/large, peak_MiB=alone['peak_MiB'])
     table = pd.concat([t, pd.DataFrame([row])], ignore_index=True)
@@ -233,7 +233,7 @@ def bench_kmeans(rounds, n=100_000, dim=512, k=150):
     cases,quality = kmeans_cases(x, k),{}
     def kept(name, f): quality[name] = f()
     t = summary(take_turns({name: partial(kept, name, f) for name,f in cases.items()}, rounds, 0), images=n, clusters=k)
-    setup = f'from marsclr import bench_training as b\ncases = b.kmeans_cases(b.blobs({n}, {dim}), {k})'
+    setup = f'from marsclr.study import training_speed as b\ncases = b.kmeans_cases(b.blobs({n}, {dim}), {k})'
     return t.assign(squared_distances=[quality[o]/quality['marsclr (faiss)'] for o in t.case], peak_MiB=[measure_alone(setup, f'cases[{o!r}]()')['peak_MiB'] for o in t.case])
 
 # %% ../../nbs/study/training_speed.ipynb #ad9ddf98
@@ -242,7 +242,7 @@ def bench_pack(rounds):
         real = (data_root()/'curiosity').is_dir()
         archive = rovers() if real else msl(write_marsyard(Path(folder)/'yard', n=2000, size=256))
         t = summary(take_turns(pack_cases(archive, Path(folder), 192, torch.get_num_threads()), rounds, tidy=lambda: shutil.rmtree(Path(folder)/'pack', ignore_errors=True)), len(archive), images=len(archive), source='rovers' if real else 'MarsYard')
-        setup = f"from pathlib import Path\nfrom marsclr import bench_training as b\narchive = {'b.rovers()' if real else f'b.msl({str(archive.root)!r})'}"
+        setup = f"from pathlib import Path\nfrom marsclr.study import training_speed as b\narchive = {'b.rovers()' if real else f'b.msl({str(archive.root)!r})'}"
         alone = measure_alone(setup, f"b.pack_cases(archive, Path({folder!r}), 192, {torch.get_num_threads()})['marsclr']()")
     return t.assign(images_per_s=1000/t.median_ms, peak_MiB=[alone['peak_MiB'], None])
 
