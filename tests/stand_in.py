@@ -5,7 +5,6 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import numpy as np
-from fastcore.basics import patch
 from PIL import Image
 from marsclr.archives.marsyard import marsyard
 
@@ -58,44 +57,41 @@ class StandIn:
         self.http.shutdown()
         self.http.server_close()
 
-@patch
-def fault(self:StandIn):
-    "The fault of the next answer, and how many there were; '' for most"
-    with self.lock:
-        if self.draw.random() >= self.share: return '', self.failed
-        self.failed += 1
-        return self.kinds[self.failed % len(self.kinds)], self.failed
+    def fault(self):
+        "The fault of the next answer, and how many there were; '' for most"
+        with self.lock:
+            if self.draw.random() >= self.share: return '', self.failed
+            self.failed += 1
+            return self.kinds[self.failed % len(self.kinds)], self.failed
 
-@patch
-def answer(self:StandIn,
-    h, # the handler of one request
-):
-    "Answer one request, or spoil it"
-    at = urlsplit(h.path)
-    path,query = unquote(at.path),{k: v[0] for k,v in parse_qs(at.query, keep_blank_values=True).items()}
-    fault,n = self.fault()
-    start = int(h.headers.get('Range', 'bytes=0-')[6:-1])
-    entry = dict(path=path, query=query, start=start, fault=fault, whole=False)
-    self.log.append(entry)
-    page = path in self.pages
-    if not page and path not in self.files: return h.wfile.write(_head(404, 0))
-    body,kind = (json.dumps(self.pages[path](query, self)).encode(), 'application/json') if page else (self.files[path], 'image/jpeg')
-    tag = f'"{len(body)}-{hash(body)}"'
-    if start and h.headers.get('If-Range') != tag: start = entry['start'] = 0
-    more = ({} if page else dict(ETag=tag)) | (dict(Content_Range=f'bytes {start}-{len(body)-1}/{len(body)}') if start else {})
-    head,rest = _head(206 if start else 200, len(body)-start, kind, **more),body[start:]
-    if fault and not _spoil(h.wfile.write, fault, head, rest, n): self.cut(h)
-    if not fault: h.wfile.write(head + rest)
-    entry['whole'] = not fault and not start
+    def answer(self,
+        h, # the handler of one request
+    ):
+        "Answer one request, or spoil it"
+        at = urlsplit(h.path)
+        path,query = unquote(at.path),{k: v[0] for k,v in parse_qs(at.query, keep_blank_values=True).items()}
+        fault,n = self.fault()
+        start = int(h.headers.get('Range', 'bytes=0-')[6:-1])
+        entry = dict(path=path, query=query, start=start, fault=fault, whole=False)
+        self.log.append(entry)
+        page = path in self.pages
+        if not page and path not in self.files: return h.wfile.write(_head(404, 0))
+        body,kind = (json.dumps(self.pages[path](query, self)).encode(), 'application/json') if page else (self.files[path], 'image/jpeg')
+        tag = f'"{len(body)}-{hash(body)}"'
+        if start and h.headers.get('If-Range') != tag: start = entry['start'] = 0
+        more = ({} if page else dict(ETag=tag)) | (dict(Content_Range=f'bytes {start}-{len(body)-1}/{len(body)}') if start else {})
+        head,rest = _head(206 if start else 200, len(body)-start, kind, **more),body[start:]
+        if fault and not _spoil(h.wfile.write, fault, head, rest, n): self.cut(h)
+        if not fault: h.wfile.write(head + rest)
+        entry['whole'] = not fault and not start
 
-@patch
-def cut(self:StandIn,
-    h, # the handler of one request
-):
-    "Close a connection as a dying machine does"
-    h.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack('ii', 1, 0))
-    h.close_connection = True
-    h.connection.shutdown(socket.SHUT_RDWR)
+    def cut(self,
+        h, # the handler of one request
+    ):
+        "Close a connection as a dying machine does"
+        h.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack('ii', 1, 0))
+        h.close_connection = True
+        h.connection.shutdown(socket.SHUT_RDWR)
 
 def pictures(
     n:int,       # how many

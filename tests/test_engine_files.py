@@ -5,11 +5,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 import pandas as pd
 from filelock import FileLock, Timeout
-import io, subprocess, sys
-from contextlib import redirect_stderr
+import subprocess, sys
 from unittest.mock import patch
 from fastcore.test import *
-import matplotlib.pyplot as plt
 from marsclr.engine.files import *
 from marsclr.engine.files import _stop
 

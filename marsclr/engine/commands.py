@@ -6,7 +6,7 @@
 __all__ = ['command_parser', 'parse_options', 'command']
 
 # %% ../../nbs/engine/commands.ipynb #c0mm0003
-import argparse, os, re, signal, sys
+import argparse, os, re, sys
 from functools import wraps
 from inspect import signature
 
