@@ -19,8 +19,7 @@ from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
 from fastcore.basics import patch
 from matplotlib import pyplot as plt
-from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import ConfusionMatrixDisplay, confusion_matrix, f1_score, log_loss, precision_recall_fscore_support
+from sklearn.metrics import ConfusionMatrixDisplay, confusion_matrix, f1_score, precision_recall_fscore_support
 from sklearn.preprocessing import StandardScaler
 from torch import nn
 from torch.nn.functional import cross_entropy
@@ -28,6 +27,7 @@ from torch.utils.data import TensorDataset
 from .engine.files import MarsclrError, one_line, read_json, atomic_write, write_json
 from .engine.commands import command
 from .engine.encoders import ContrastiveModel, Stages, create_encoder, encode, load_encoder, pick_device, projection_head, width
+from .engine.logistic import choose_penalty
 from .engine.packing import load_pack
 from .engine.processes import process_group, rank
 from .engine.runs import load_checkpoint
@@ -40,13 +40,8 @@ def fit_logistic(
     cs=(1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1), # candidates for C
 ): # a function from features to predicted labels; the C it has; the log-loss on val, nats an image
     "Multinomial logistic regression on standardised features, C chosen by the log-loss on val"
-    scale = StandardScaler().fit(x['train'])
-    xs = {k: scale.transform(v) for k,v in x.items()}
-    models = [LogisticRegression(C=c, max_iter=300, tol=1e-3).fit(xs['train'], y['train']) for c in cs]
-    known = np.isin(y['val'], models[0].classes_)
-    loss = [log_loss(y['val'][known], m.predict_proba(xs['val'][known]), labels=m.classes_) for m in models]
-    best = models[int(np.argmin(loss))]
-    return lambda o: best.predict(scale.transform(o)), best.C, float(min(loss))
+    best,loss = choose_penalty(x['train'], y['train'], x['val'], y['val'], cs)
+    return best.predict, best.C, loss
 
 # %% ../nbs/05_linear_evaluation.ipynb #2a9d0b7e
 def fit_layers(

@@ -11,8 +11,7 @@ from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
 from fastcore.basics import patch
 from matplotlib import pyplot as plt
-from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import ConfusionMatrixDisplay, confusion_matrix, f1_score, log_loss, precision_recall_fscore_support
+from sklearn.metrics import ConfusionMatrixDisplay, confusion_matrix, f1_score, precision_recall_fscore_support
 from sklearn.preprocessing import StandardScaler
 from torch import nn
 from torch.nn.functional import cross_entropy
@@ -20,6 +19,7 @@ from torch.utils.data import TensorDataset
 from marsclr.engine.files import MarsclrError, one_line, read_json, atomic_write, write_json
 from marsclr.engine.commands import command
 from marsclr.engine.encoders import ContrastiveModel, Stages, create_encoder, encode, load_encoder, pick_device, projection_head, width
+from marsclr.engine.logistic import choose_penalty
 from marsclr.engine.packing import load_pack
 from marsclr.engine.processes import process_group, rank
 from marsclr.engine.runs import load_checkpoint
