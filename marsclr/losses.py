@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NTXentLoss', 'DCLLoss', 'ClusterAwareLoss', 'ViewPositivesLoss', 'EliminationLoss', 'AttractionLoss', 'losses',
-           'anchor_losses', 'listed', 'masked', 'Tiled', 'check_pairs', 'contrastive_loss', 'ContrastiveLoss']
+           'equation_1', 'plain_loss', 'plain_masks', 'ContrastiveLoss']
 
 # %% ../nbs/03_losses.ipynb #8a10bebb
 from functools import partial
@@ -13,100 +13,51 @@ import torch, torch.nn.functional as F
 from torch import nn
 from .engine.files import MarsclrError
 from .engine.processes import gather, mean_over_ranks, rank
+from .engine.tiled_loss import check_pairs, contrastive_loss
 
 # %% ../nbs/03_losses.ipynb #977c45e1
-def anchor_losses(
-    a:torch.Tensor,  # (A, D) the anchors, of length one, over the temperature
-    z:torch.Tensor,  # (M, D) all views, of length one
-    anchors:slice,   # which views the anchors are
-    ids:torch.Tensor,      # (M,) int64: the image of each view
-    clusters:torch.Tensor, # (M,) int64: the cluster of each view, or None
-    positives:str,         # as in `contrastive_loss`, and the next two
-    negatives:str,
-    positive_below:bool,
-) -> tuple: # the sum of the anchors' losses, and the number of anchors without a negative
-    "A contrastive loss, mean over each anchor's positives, summed over anchors"
-    def same(o): return o[anchors][:,None] == o
-    itself = torch.arange(len(a), device=z.device),torch.arange(len(z), device=z.device)[anchors]
-    positive = same(ids if positives == 'view' else clusters)
-    positive[itself] = False
-    left_out = same(clusters) if negatives == 'cluster' else torch.zeros_like(positive)
-    left_out[itself] = True
-    if not positive_below or negatives == 'cluster': left_out |= positive
-    lonely = (left_out | positive).amin(1)
-    s = a @ z.T
-    below = s.masked_fill(left_out & ~lonely[:,None], -torch.inf).logsumexp(1)
-    def pair(below, above): return (torch.logaddexp(below, above) if positive_below and negatives == 'cluster' else below) - above
-    return (listed if z.device.type == 'cpu' else masked)(s, below, positive & ~lonely[:,None], pair), lonely.sum()
-
-def listed(
-    s:torch.Tensor,        # (A, M) similarities
-    below:torch.Tensor,    # (A,) logarithm of each anchor's denominator
-    positive:torch.Tensor, # (A, M) bool
-    pair,                  # function (below, above) -> loss of a pair
+def equation_1(
+    z:torch.Tensor,   # (M, D) projections of the views
+    ids:torch.Tensor, # (M,) int64: the image of each view
+    temperature=.5,
 ) -> torch.Tensor: # scalar
-    "The sum over anchors of the mean over their positives, from a list of the positives: the least work"
-    i,j = positive.nonzero(as_tuple=True)
-    return (pair(below[i], s[i,j])/i.bincount(minlength=len(s))[i]).sum()
+    "NT-Xent, equation 1 of the paper, as it is written there"
+    z = F.normalize(z, dim=1)
+    s = z @ z.T/temperature
+    itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
+    positive = (ids[:,None] == ids) & ~itself
+    log_denominator = s.masked_fill(itself, -torch.inf).logsumexp(1, keepdim=True)
+    pair_losses = log_denominator - s
+    return pair_losses[positive].mean()
 
-def masked(s, below, positive, pair):
-    "The same from the whole matrix: a list has a length, and a GPU would be waited for to know it"
-    return (torch.where(positive, pair(below[:,None], s), 0).sum(1)/positive.sum(1).clamp(min=1)).sum()
-
-# %% ../nbs/03_losses.ipynb #a86a8fe8
-class Tiled(torch.autograd.Function):
-    "A sum over anchors, tile by tile; the gradient is made on the way"
-    @staticmethod
-    def forward(ctx,
-        z,           # (M, D) all views, of length one
-        temperature,
-        anchors,     # slice of the views
-        tile,        # anchors at a time
-        of_rows,     # function (anchors over the temperature, views, which) -> sum of losses, number of lonely anchors
-    ): # the mean loss, and the number of lonely anchors
-        start,stop,_ = anchors.indices(len(z))
-        total,lonely,grad,views = z.new_zeros(()),torch.zeros((), dtype=torch.int64, device=z.device),torch.zeros_like(z),z.detach()
-        for rows in (slice(i, min(i+tile, stop)) for i in range(start, stop, tile)):
-            with torch.enable_grad():
-                a,b = (views[rows]/temperature).requires_grad_(), views.detach().requires_grad_()
-                loss,alone = of_rows(a, b, rows)
-            total += loss.detach()
-            lonely += alone
-            if not ctx.needs_input_grad[0]: continue
-            of_a,of_b = torch.autograd.grad(loss, (a, b))
-            grad += of_b
-            grad[rows] += of_a/temperature
-        ctx.save_for_backward(grad/(stop-start))
-        ctx.mark_non_differentiable(lonely)
-        return total/(stop-start), lonely
-
-    @staticmethod
-    def backward(ctx, of_mean, _): return of_mean*ctx.saved_tensors[0], None, None, None, None
-
-# %% ../nbs/03_losses.ipynb #1a973be5
-def check_pairs(positives, negatives):
-    "Both are of the image or of the cluster"
-    for o in (positives, negatives):
-        if o not in ('view', 'cluster'): raise MarsclrError(f"{o!r} is neither 'view' nor 'cluster'")
-
-def contrastive_loss(
+def plain_loss(
     z:torch.Tensor,             # (M, D) projections of the views
     ids:torch.Tensor,           # (M,) int64: the image of each view
     clusters:torch.Tensor=None, # (M,) int64: the cluster of each view
-    temperature:float=.5,
+    temperature=.5,
     positives='view',           # 'view': of the same image; 'cluster': of the same cluster
-    negatives='view',           # 'view': all other views, eq. 1's k != i; 'cluster': views of other clusters, eq. 2's c_k != c_i
+    negatives='view',           # 'view': all other views; 'cluster': views of other clusters
     positive_below=True,        # does the positive stand in the denominator?
-    anchors=slice(None),        # which views are anchors; all by default
-    tile:int=None,              # anchors at a time; by default as many as fit a cache (on a GPU, 2**26 similarities)
-) -> tuple: # the loss (scalar), and the number of anchors without a negative
-    "A contrastive loss; mean over each anchor's positives, then over anchors. Memory grows with M, not with its square"
-    check_pairs(positives, negatives)
-    tile = tile or max(64, 2**(19 if z.device.type == 'cpu' else 26)//len(z))
-    def of_rows(a, b, rows): return anchor_losses(a, b, rows, ids, clusters, positives, negatives, positive_below)
-    with torch.autocast(z.device.type, enabled=False):
-        z = F.normalize(z if z.dtype == torch.float64 else z.float(), dim=1)
-        return Tiled.apply(z, temperature, anchors, tile, of_rows)
+) -> torch.Tensor: # scalar
+    "Any loss of this lesson: mean over each anchor's positives, then over anchors"
+    z = F.normalize(z, dim=1)
+    s = z @ z.T/temperature
+    positive,below = plain_masks(ids, clusters, positives, negatives, positive_below)
+    log_denominator = s.masked_fill(~below, -torch.inf).logsumexp(1, keepdim=True)
+    if positive_below and negatives == 'cluster': log_denominator = torch.logaddexp(log_denominator, s)
+    pair_losses = torch.where(positive, log_denominator - s, 0)
+    anchor_losses = pair_losses.sum(1)/positive.sum(1).clamp(min=1)
+    return anchor_losses.mean()
+
+def plain_masks(ids, clusters, positives, negatives, positive_below):
+    "(M, M) bool each: the positives of each anchor, and the views in its denominator"
+    itself = torch.eye(len(ids), dtype=torch.bool, device=ids.device)
+    positive_groups = ids if positives == 'view' else clusters
+    positive = (positive_groups[:,None] == positive_groups) & ~itself
+    below = ~itself if negatives == 'view' else clusters[:,None] != clusters
+    if negatives == 'cluster' or not positive_below: below = below & ~positive
+    has_negative = (below & ~positive).any(1, keepdim=True)
+    return positive & has_negative, below
 
 # %% ../nbs/03_losses.ipynb #8aa36361
 class ContrastiveLoss(nn.Module):
