@@ -10,12 +10,14 @@ __all__ = ['check_pairs', 'pair_masks', 'losses_and_slopes', 'KnownGradient', 'b
 import torch, torch.nn.functional as F
 from .files import MarsclrError
 
-# %% ../../nbs/engine/tiled_loss.ipynb #79d4f226
+# %% ../../nbs/engine/tiled_loss.ipynb #bc6b4d5e
 def check_pairs(positives, negatives):
     "Each is 'view' or 'cluster'"
     for choice in (positives, negatives):
-        if choice not in ('view', 'cluster'): raise MarsclrError(f"{choice!r} is neither 'view' nor 'cluster'")
+        if choice in ('view', 'cluster'): continue
+        raise MarsclrError(f"{choice!r} is neither 'view' nor 'cluster'")
 
+# %% ../../nbs/engine/tiled_loss.ipynb #8df5acae
 def pair_masks(
     ids:torch.Tensor,      # (M,) int64: the image of each view
     clusters:torch.Tensor, # (M,) int64: the cluster of each view, or None if no choice needs it
@@ -56,7 +58,7 @@ def losses_and_slopes(
     slopes -= pull
     return -(weight*log_share).sum(), slopes, lonely.sum()
 
-# %% ../../nbs/engine/tiled_loss.ipynb #96dd32e4
+# %% ../../nbs/engine/tiled_loss.ipynb #0a8c51e6
 class KnownGradient(torch.autograd.Function):
     "A value whose gradient is known already"
     @staticmethod
@@ -71,6 +73,7 @@ class KnownGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx, of_value): return of_value*ctx.saved_tensors[0], None, None
 
+# %% ../../nbs/engine/tiled_loss.ipynb #fbc2437c
 def before_normalising(
     gradient:torch.Tensor, # (M, D) by the views of length one
     unit:torch.Tensor,     # (M, D) views of length one
@@ -87,23 +90,24 @@ def default_tile(
     "2**19 similarities fit the cache of a CPU; a GPU takes 2**26, which is all of 8192 views"
     return max(64, 2**(19 if device.type == 'cpu' else 26)//views)
 
-# %% ../../nbs/engine/tiled_loss.ipynb #e5a82290
+# %% ../../nbs/engine/tiled_loss.ipynb #2ce073e4
 def contrastive_loss(
     z:torch.Tensor,             # (M, D) projections of the views
     ids:torch.Tensor,           # (M,) int64: the image of each view
     clusters:torch.Tensor=None, # (M,) int64: the cluster of each view
     temperature:float=.5,
     positives='view',           # 'view': of the same image; 'cluster': of the same cluster
-    negatives='view',           # 'view': all other views, eq. 1's k != i; 'cluster': of other clusters, eq. 2's c_k != c_i
+    negatives='view',           # 'view': eq. 1's k != i; 'cluster': eq. 2's c_k != c_i
     positive_below=True,        # does the positive stand in the denominator?
     anchors=slice(None),        # which views are anchors; all by default
     tile:int=None,              # anchors at a time; as `default_tile` says by default
 ) -> tuple: # the loss (scalar), and the number of anchors without a negative
-    "A contrastive loss; mean over each anchor's positives, then over anchors. Memory grows with M, not with its square"
+    "Mean over each anchor's positives, then over anchors. Memory grows with M, not its square"
     check_pairs(positives, negatives)
     z = z if z.dtype == torch.float64 else z.float()
     start,stop,_ = anchors.indices(len(z))
     tile = tile or default_tile(len(z), z.device)
+    add_positive = positive_below and negatives == 'cluster'
     total = z.new_zeros(())
     lonely = torch.zeros((), dtype=torch.int64, device=z.device)
     with torch.no_grad(), torch.autocast(z.device.type, enabled=False):
@@ -114,7 +118,7 @@ def contrastive_loss(
             rows = slice(first, min(first+tile, stop))
             some = unit[rows]/temperature
             masks = pair_masks(ids, clusters, rows, positives, negatives, positive_below)
-            losses,slopes,n_lonely = losses_and_slopes(some @ unit.T, *masks, positive_below and negatives == 'cluster')
+            losses,slopes,n_lonely = losses_and_slopes(some @ unit.T, *masks, add_positive)
             total += losses
             lonely += n_lonely
             gradient.addmm_(slopes.T, some)
