@@ -42,6 +42,11 @@ def runs(cell) -> bool: return cell.cell_type == 'code' and directives(cell).get
 
 def code_cells(nb) -> list: return [o for o in nb.cells if runs(o)]
 
+def notebooks(root:Path, nbs:str) -> list[Path]:
+    "All notebooks of the folder `nbs`, but for what tools keep in hidden folders."
+    paths = (root/nbs).rglob('*.ipynb')
+    return sorted(o for o in paths if not any(p[0] in '._' for p in o.relative_to(root).parts))
+
 
 # --- sections
 
