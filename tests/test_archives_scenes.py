@@ -83,15 +83,15 @@ def test_far_away_and_at_home():
     assert (cal_target[:,36:60,36:60].mean((1, 2, 3)) < cal_target[:,:24].mean((1, 2, 3))).all()
     show(cal_target)
 
-    sun = bursts(_sun, 11)
-    assert (sun.max((1, 2, 3)) > 1).all()
-    assert (sun.mean((1, 2, 3)) < .2).all()
-    show(sun)
-
     night_sky = bursts(_night_sky, 10)
     assert (night_sky.mean((1, 2, 3)) < .05).all()
     assert (redness(night_sky) < 1).all()
     show(night_sky)
+
+    sun = bursts(_sun, 11)
+    assert (sun.max((1, 2, 3)) > 1).all()
+    assert (sun.mean((1, 2, 3)) < .2).all()
+    show(sun)
 
 
 def test_all_of_them():
