@@ -43,7 +43,7 @@ def make_readme(path:Path) -> str:
         if cell.cell_type == 'markdown': res.append(relink(cell.source.strip(), path.parent.name))
         elif cell.cell_type == 'code' and not (d := directives(cell)).keys() & {'hide', 'default_exp'}:
             if d.get('echo') != 'false' and (src := code(cell)): res.append(f'```python\n{src}\n```')
-            if d.get('output') != 'false': res += filter(None, map(output_text, cell.outputs))
+            if d.get('output') != 'false': res += [relink(o, path.parent.name) for o in map(output_text, cell.outputs) if o]
     return '\n\n'.join(res) + '\n'
 
 
