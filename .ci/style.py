@@ -18,7 +18,8 @@ from pathlib import Path
 
 import nbformat
 
-from notebook_tests import BuildError, called, code, directives, exports, is_tool, notebooks
+from notebook_tests import (BuildError, called, code, directives, exports, is_import, is_tool,
+                            notebooks)
 
 WIDTH = 100          # characters of a line of code or output, at most
 MEDIAN = 12          # lines of an exported cell: the median, at most
@@ -80,8 +81,6 @@ def parsed(cell) -> ast.Module:
     "The syntax tree of a cell; an empty one where it is no Python, which the build reports."
     try: return ast.parse(code(cell))
     except (SyntaxError, BuildError): return ast.Module([], [])
-
-def is_import(node) -> bool: return isinstance(node, (ast.Import, ast.ImportFrom))
 
 def mixes_imports(cell) -> bool:
     "Does a cell hold imports and other code? The cells that only run nbdev are left alone."
