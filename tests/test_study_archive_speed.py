@@ -13,15 +13,22 @@ from marsclr.engine.clusters import kmeans
 from marsclr.engine.encoders import create_encoder, encode, encode_to, fast_bf16
 from marsclr.engine.files import data_root
 from marsclr.engine.packing import Pack, pack_archive
+from marsclr.study.counting import measured
 from marsclr.study.measuring import Pictures, gpu_peak, measure_alone, on_gpu, seconds_a_call
 from marsclr.study.measuring import summary, take_turns, yard_images
-from marsclr.study.speed import mean, measured, std
+from marsclr.study.speed import mean, std
 from fastcore.test import *
 from torch.nn import functional as F
 from marsclr.study.archive_speed import *
 
 
 def test_features():
+    encoder = create_encoder('resnet10t').eval()
+    batches = torch.rand(2, 4, 3, 32, 32)
+    features = forward(encoder, batches)
+    test_eq([batch.shape for batch in features], [(4, 512)]*2)
+    assert not features[0].requires_grad
+
     pack = yard_images(64, 32)
     cases = feature_cases(pack, 'resnet10t')
     ours = cases.pop('marsclr')()
@@ -31,12 +38,15 @@ def test_features():
 
     small = bench_features(1, images=64, large=256)
     test_eq(small.images.tolist(), [64, 64, 64, 256])
+    test_eq(small.case.tolist()[-1], 'marsclr, to a file')
     test_close(small.images_per_s*small.median_ms, np.full(4, 1000.))
 
 
 def test_clusters():
     x = blobs(2000, 32, 10)
     test_close(np.linalg.norm(x, axis=1), np.ones(2000), eps=1e-5)
+    test_eq(x, blobs(2000, 32, 10))
+
     quality = {name: f() for name,f in kmeans_cases(x, 10).items()}
     assert max(quality.values()) < 1.2*min(quality.values())
     {name: round(squares) for name,squares in quality.items()}

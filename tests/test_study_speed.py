@@ -10,8 +10,8 @@ from torchvision.transforms import v2
 from marsclr.archives.marsyard import marsyard
 from marsclr.engine.views import Views
 from marsclr.losses import NTXentLoss
-from marsclr.study.measuring import counted, gpu_peak, installed, measure_alone, on_gpu
-from marsclr.study.measuring import summary, take_turns
+from marsclr.study.counting import measured
+from marsclr.study.measuring import gpu_peak, installed, measure_alone, on_gpu
 from pathlib import Path
 from fastcore.test import *
 from marsclr.study.speed import *
@@ -22,19 +22,24 @@ def test_the_loss():
     z = torch.tensor([[1., 0], [0, 1], [1, 0], [0, 1]])
     test_close(plain_loss(z).item(), np.log(np.exp(2)+2)-2, eps=1e-6)
 
-    cases = loss_cases(64, 8)
-    values = {name: f().item() for name,f in cases.items()}
+    z = torch.randn(64, 8, generator=torch.Generator().manual_seed(1))
+    values = {name: loss().item() for name,loss in loss_functions(z).items()}
     test_close(list(values.values()), [values['marsclr']]*len(values), eps=1e-5)
+    test_eq(list(loss_functions(z, only='marsclr')), ['marsclr'])
     values
 
-    z = torch.randn(64, 8, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    z = z.requires_grad_()
     gradients = []
-    for loss in installed(loss_functions(z)).values():
+    for loss in loss_functions(z).values():
         value_and_gradient(loss, z)
         gradients.append(z.grad)
     for gradient in gradients[1:]: test_close(gradient, gradients[0], eps=1e-5)
 
-    small = [summary(take_turns(loss_cases(views), 3), views=views) for views in (128, 256)]
+    cases = loss_cases(64, 8)
+    values = {name: f().item() for name,f in cases.items()}
+    test_close(list(values.values()), [values['marsclr']]*len(values), eps=1e-5)
+
+    small = [measured(loss_cases(views), views=views, rounds=7) for views in (64, 128)]
     test_eq([table.times_ours[0] for table in small], [1, 1])
     pd.concat(small).round(2)
 
@@ -46,7 +51,6 @@ def test_the_loss():
 
 
 def test_augmentation():
-    global few
     image = Image.fromarray(marsyard(1, size=32)[0][0])
     decoded = from_jpeg(jpeg(image))
     test_eq(decoded.size, (32, 32))
@@ -59,14 +63,42 @@ def test_augmentation():
     test_eq(few['torchvision, PIL']()[0].shape, (3, 64, 64))
     test_eq(len(few['lightly, no blur']())*2, 16)
     test_eq(few['kornia, batched']().shape, (16, 3, 64, 64))
-    summary(take_turns(few, 3), len(images)).round(2)
+    measured(few, 3, len(images)).round(2)
 
 
 def test_over_all_sizes():
     tiny = bench_loss(1, sizes=(32,), large=64)
+    test_eq(tiny.case.tolist()[-1], 'marsclr')
     assert (tiny.peak_MiB >= 0).all() or not linux
     test_eq(tiny.views.tolist(), [32]*(len(tiny)-1) + [64])
 
-    tiny = measured(dict(ours=few['marsclr']), 1, 16, view=64)
-    test_eq(tiny[['case', 'view']].values.tolist(), [['ours', 64]])
     assert augment_memory('marsclr', 8, 48, 32) > 0 or not linux
+
+
+def test_what_it_came_to():
+    loss_table = pd.read_csv('../results/bench-loss.csv')
+    machine_columns = ['cpu', 'cores', 'threads', 'torch', 'lightly', 'pytorch-metric-learning']
+    print(loss_table[machine_columns].iloc[0].to_string())
+    by_size = loss_table.pivot(index='views', columns='case', values=['median_ms', 'peak_MiB'])
+    by_size.median_ms.round(1)
+
+    by_size.peak_MiB.round(1)
+
+    wide = by_size.median_ms
+    assert (wide.marsclr < wide.lightly).loc[:8192].all()
+    peak = by_size.peak_MiB.loc[:8192]
+    assert (peak.marsclr < 1.3*peak.lightly).all()
+    growth = (peak/peak.shift()).loc[2048:]
+    assert growth.lightly.min() > 2.5 and growth.marsclr.max() < 1.5
+
+    augment_table = pd.read_csv('../results/bench-augment.csv')
+    by_view = augment_table.pivot(index='case', columns='view')
+    by_view = by_view.sort_values(('median_ms', 64))
+    by_view[['median_ms', 'times_ours']].round(2)
+
+    by_view.peak_MiB.round()
+
+    by_view_times = by_view.times_ours.drop('marsclr')
+    test_eq(by_view_times[64].idxmin(), 'kornia, batched')
+    test_eq(by_view_times[224].idxmax(), 'kornia, batched')
+    assert by_view_times.drop('kornia, batched').min().min() > 11

@@ -13,8 +13,11 @@ from marsclr.study.measuring import peers, ratio_figure, summary, take_turns, ya
 from marsclr.study.speed import bench_augment, bench_loss
 from marsclr.study.training_step import counts_of_a_step, fit_quietly, our_learner
 from marsclr.study.training_step import parts_of_a_step, train_cases, verdict
-import os, re, subprocess, sys
+import os, re, subprocess, sys, tempfile
 from fastcore.test import *
+from marsclr.archives.marsyard import write_marsyard
+from marsclr.datasets import msl
+from marsclr.engine.packing import pack_archive
 from marsclr.study.training_speed import *
 
 
@@ -25,10 +28,51 @@ def test_does_memory_grow():
 
 
 def test_from_the_command_line():
+    yard = yard_images(48, 48)
+    loops = cases_table(yard, 'resnet10t', 32, 16, 1)
+    test_eq(loops.case.tolist()[:2], ['marsclr', 'floor: one batch, over and over'])
+    pieces = parts_table(yard, 'resnet10t', 32, 16, 1)
+    names = 'loop', 'model', 'augmentation', 'loader', 'loss'
+    test_eq(pieces.case.tolist(), [f'part: {name}' for name in names])
+    pieces.round(2)
+
+    for size,image,backbone,bs,batches in settings['cpu'] + settings['cuda']:
+        assert image > size and batches >= 3
     small = bench_train(1, cases=[(32, 48, 'resnet10t', 16, 3)])
     ours = small.set_index('case')
     assert ours.operations['part: loop'] > ours.operations['part: model'] > 100
     test_close(ours.images_per_s*ours.median_ms, np.full(len(ours), 1000.))
+
+
+def test_why_is_my_training_slow():
+    with expect_fail(MarsclrError, '--batch_size 9: give at most 8, the images of'):
+        with tempfile.TemporaryDirectory() as folder:
+            archive = msl(write_marsyard(Path(folder)/'yard', n=8, size=48))
+            pack_archive(archive, Path(folder)/'small.pack', 48)
+            explain_step(f'{folder}/small.pack', 'resnet10t', 32, 9, 1)
+
+
+def test_the_command():
+    test_eq(pick('cpu', 'loss'), 'cpu')
+    test_eq([pick('', what) for what in on_cpu], ['cpu']*2)
+    if not torch.cuda.is_available(): test_eq(pick('', 'train'), 'cpu')
+
+    with expect_fail(MarsclrError, "'gpu' is not known: choose from loss"):
+        check_bench('gpu', '', False)
+    with expect_fail(MarsclrError, '--rounds 0: give at least 1'):
+        check_bench('loss', '', False, rounds=0)
+    check_bench('train', 'table.csv', True, rounds=1)
+
+    benches['toy'] = lambda rounds, device: pd.DataFrame(dict(case=['ours'], images=1, times_ours=1.))
+    with tempfile.TemporaryDirectory() as folder:
+        to = Path(folder)/'bench-toy.csv'
+        run_bench('toy', 3, 'cpu', to)
+        written = pd.read_csv(to)
+        assert to.with_suffix('.png').is_file()
+    del benches['toy']
+    test_eq(written.case.tolist(), ['ours'])
+    test_eq(written.rounds.tolist(), [3])
+    test_eq(written.torch.tolist(), [machine()['torch']])
 
     wrong = (('gpu', "'gpu' is not known"), ('loss --rounds 0', '--rounds 0'),
              ('loss --to table.txt', 'ends in .csv'), ('loss --explain', '--explain goes with train'),
@@ -37,10 +81,7 @@ def test_from_the_command_line():
     for line,message in wrong:
         with expect_fail(SystemExit, message): marsclr_bench(line.split())
 
-    test_eq(pick('cpu', 'loss'), 'cpu')
-    test_eq([pick('', what) for what in on_cpu], ['cpu']*2)
     if not torch.cuda.is_available():
-        test_eq(pick('', 'train'), 'cpu')
         with expect_fail(SystemExit, 'there is no GPU here'):
             marsclr_bench('train --device cuda'.split())
 
@@ -48,7 +89,7 @@ def test_from_the_command_line():
     marsclr_bench(f'train --explain --rounds 2 {toy}'.split())
 
 
-def test_larger_pages():
+def test_where_the_time_went():
     def results(name, columns):
         table = pd.read_csv(f'../results/bench-{name}.csv')
         return table[['case', *columns]].round(2).astype(object).fillna('')
@@ -62,6 +103,25 @@ def test_larger_pages():
 
     results('train-fp32', columns)
 
+    def of(name, case, view, column):
+        table = pd.read_csv(f'../results/bench-{name}.csv')
+        return table[(table.case == case) & (table['view'] == view)][column].iloc[0]
+
+    floor = 'floor: one batch, over and over'
+    for name in ('train', 'train-fp32'): assert .95 < of(name, floor, 64, 'times_ours') < 1
+    for view in (64, 224): assert of('train', 'lightly', view, 'times_ours') > 2
+    assert of('train-fp32', 'lightly', 64, 'times_ours') < of('train', 'lightly', 64, 'times_ours')
+
+    for name in ('train', 'train-fp32'):
+        table = pd.read_csv(f'../results/bench-{name}.csv').dropna(subset=['epochs'])
+        peak = table.set_index('epochs').peak_MiB
+        growth = 100*(peak/peak.shift() - 1).dropna()
+        told = [f'{more:.1f} % more at {epochs:.0f} epochs' for epochs,more in growth.items()]
+        print(f'{name}:', ', '.join(told))
+        assert growth.max() < 10
+
+
+def test_larger_pages():
     bench = 'from marsclr.study.training_speed import marsclr_bench; marsclr_bench()'
     def step_ms(**env):
         args = 'train --explain --rounds 1 --batch_size 32 --device cpu'.split()

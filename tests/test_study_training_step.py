@@ -8,8 +8,8 @@ from marsclr.engine.encoders import projection_head, width
 from marsclr.engine.packing import Pack
 from marsclr.engine.views import Views
 from marsclr.losses import NTXentLoss
-from marsclr.study.measuring import Pictures, counted, counters, installed, on_gpu
-from marsclr.study.measuring import summary, take_turns, yard_images
+from marsclr.study.counting import counted, counters
+from marsclr.study.measuring import Pictures, installed, on_gpu, summary, take_turns, yard_images
 from marsclr.study.speed import value_and_gradient
 from marsclr.training import adam, contrastive_learner
 from fastcore.test import *
@@ -19,24 +19,32 @@ from marsclr.study.training_step import *
 def test_the_floor():
     global pack
     pack = yard_images(48, 48)
+    views = two_views(pack, 32, 16)
+    test_eq(views.shape, (32, 3, 32, 32))
+    assert not torch.equal(views[:16], views[16:]) # two different views of each image
+
     model = model_of('resnet10t')
     before = model_of('resnet10t').head(torch.ones(2, 512))
     step = step_of(model, NTXentLoss())
     step(two_views(pack, 32, 16), torch.arange(16).repeat(2))
-    test_eq(len(pack), 48)
     test_eq(model_of('resnet10t').head(torch.ones(2, 512)), before)
     assert not torch.equal(model.head(torch.ones(2, 512)), before)
 
 
 def test_the_loops():
-    global pack
-    pack = yard_images(48, 48)
     cases = train_cases(pack, 'resnet10t', 32, 16, workers=0)
+    assert all(callable(epoch) for epoch in cases.values())
     test_eq(list(cases)[:2], ['marsclr', 'floor: one batch, over and over'])
     summary(take_turns(cases, 2), len(pack)).round(2)
 
 
 def test_where_the_time_goes():
+    three = [loss_loop(pack, 16), augment_loop(pack, 32, 16)]
+    one_batch = pack.where(np.arange(16))
+    once = [loss_loop(one_batch, 16), augment_loop(one_batch, 32, 16)]
+    for f in three + once: f()
+    test_eq([counted(f, steps=3) for f in three], [counted(f) for f in once])
+
     parts = parts_of_a_step(pack, 'resnet10t', 32, 16, rounds=2)
     assert parts['model'] > parts['loader']
     assert parts['loop'] > parts['augmentation'] and parts['model'] > parts['loss']
@@ -49,11 +57,18 @@ def test_where_the_time_goes():
     test_eq(judged(loop=100, model=40, augmentation=55, loader=10), 'augmentation-bound')
     test_eq(judged(loop=100, model=40, augmentation=5, loader=10), 'overhead-bound')
 
-    verdict(parts)
+    print(verdict(parts).replace('. ', '.\n'))
 
 
 def test_what_a_step_asks_for():
+    found = steps_counted(our_learner(pack, 'resnet10t', 32, 16))
+    test_eq(list(found), ['operations'])
+    test_eq(steps_counted(our_learner(pack.where(np.arange(96) % 48), 'resnet10t', 32, 16)), found)
+
     counts = counts_of_a_step(pack, 'resnet10t', 32, 16).operations
+    test_eq(counts.index.tolist(), ['loop', 'model', 'augmentation', 'loss'])
     assert counts['loop'] > counts['model'] + counts['augmentation']
     assert counts['model'] > counts['loss'] > 10
+    rest = counts['loop'] - counts['model'] - counts['augmentation']
+    assert rest < .05*counts['loop'] and counts['augmentation'] > .4*counts['loop']
     counts.to_dict()

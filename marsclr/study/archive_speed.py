@@ -21,9 +21,10 @@ from ..engine.clusters import kmeans
 from ..engine.encoders import create_encoder, encode, encode_to, fast_bf16
 from ..engine.files import data_root
 from ..engine.packing import Pack, pack_archive
+from .counting import measured
 from .measuring import Pictures, gpu_peak, measure_alone, on_gpu, seconds_a_call
 from .measuring import summary, take_turns, yard_images
-from .speed import mean, measured, std
+from .speed import mean, std
 
 # %% ../../nbs/study/archive_speed.ipynb #e357c37d
 @torch.inference_mode()
@@ -41,6 +42,7 @@ def forward(
             features.append(encoder(batch).float())
     return features
 
+# %% ../../nbs/study/archive_speed.ipynb #a6a31bd9
 def feature_cases(
     pack:Pack,    # whole images to encode
     backbone:str, # timm name
@@ -57,28 +59,25 @@ def feature_cases(
     return {'marsclr': ours, 'floor: one batch, over and over': floor,
             'torchvision, decoded PIL': torchvision}
 
-# %% ../../nbs/study/archive_speed.ipynb #d19be917
+# %% ../../nbs/study/archive_speed.ipynb #009ca04a
 def features_to_file(
     images:int,
+    path, # the .npy file to write
     device='cpu',
-) -> dict: # median_ms an image, and peak_MiB
+) -> dict: # seconds, and peak_MiB
     "Time and memory of writing the features of 64 px images into a file"
-    with tempfile.TemporaryDirectory() as folder:
-        if on_gpu(device):
-            encoder = create_encoder('resnet18')
-            pack = yard_images(images, 64)
-            def write(): encode_to(encoder, pack, f'{folder}/features.npy', device=device)
-            seconds = []
-            peak = gpu_peak(lambda: seconds.append(seconds_a_call(write, device=device)))
-            alone = dict(seconds=seconds[0], peak_MiB=peak)
-        else:
-            setup = f"""from marsclr.study import archive_speed as b
+    if not on_gpu(device):
+        setup = f"""from marsclr.study import archive_speed as b
 encoder = b.create_encoder('resnet18')
 pack = b.yard_images({images}, 64)"""
-            written = f"b.encode_to(encoder, pack, '{folder}/features.npy', device='cpu')"
-            alone = measure_alone(setup, written)
-    return dict(median_ms=alone['seconds']*1000/images, peak_MiB=alone['peak_MiB'])
+        return measure_alone(setup, f"b.encode_to(encoder, pack, {str(path)!r}, device='cpu')")
+    encoder = create_encoder('resnet18')
+    write = partial(encode_to, encoder, yard_images(images, 64), path, device=device)
+    seconds = []
+    peak = gpu_peak(lambda: seconds.append(seconds_a_call(write, device=device)))
+    return dict(seconds=seconds[0], peak_MiB=peak)
 
+# %% ../../nbs/study/archive_speed.ipynb #a39544ee
 def bench_features(
     rounds:int,
     device='cpu',
@@ -89,7 +88,10 @@ def bench_features(
     pack = yard_images(images, 64)
     cases = feature_cases(pack, 'resnet18', device)
     table = measured(cases, rounds, images, device, steps=images//64, images=images)
-    row = dict(case='marsclr, to a file', images=large, **features_to_file(large, device))
+    with tempfile.TemporaryDirectory() as folder:
+        to_file = features_to_file(large, Path(folder)/'features.npy', device)
+    row = dict(case='marsclr, to a file', images=large, peak_MiB=to_file['peak_MiB'],
+               median_ms=to_file['seconds']*1000/large)
     table = pd.concat([table, pd.DataFrame([row])], ignore_index=True)
     return table.assign(images_per_s=1000/table.median_ms)
 
@@ -105,6 +107,7 @@ def blobs(
     x = x + 2*rng.standard_normal((n, dim), np.float32)
     return x/np.linalg.norm(x, axis=1, keepdims=True)
 
+# %% ../../nbs/study/archive_speed.ipynb #fe570aec
 def kmeans_cases(
     x:np.ndarray, # (N, D) float32
     k:int,
@@ -126,6 +129,7 @@ def kmeans_memory(
 cases = b.kmeans_cases(b.blobs({n}, {dim}), {k})"""
     return measure_alone(setup, f'cases[{case!r}]()')['peak_MiB']
 
+# %% ../../nbs/study/archive_speed.ipynb #fcfb2ca9
 def bench_kmeans(
     rounds:int,
     n:int=100_000, dim:int=512, k:int=150, # as in `blobs`
@@ -151,6 +155,7 @@ def decode(
     square = ImageOps.fit(image.convert('RGB'), (size, size), Image.Resampling.BILINEAR)
     return np.asarray(square)
 
+# %% ../../nbs/study/archive_speed.ipynb #b851bcfc
 def pack_cases(
     archive,  # an `Archive` of files
     to:Path,  # folder for the packs
@@ -181,6 +186,7 @@ archive = {again}"""
     packed = f"b.pack_cases(archive, Path({str(to)!r}), {size}, {threads})['marsclr']()"
     return measure_alone(setup, packed)['peak_MiB']
 
+# %% ../../nbs/study/archive_speed.ipynb #254a524f
 def bench_pack(
     rounds:int,
     n:int=2000, # images of MarsYard

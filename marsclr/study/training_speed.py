@@ -49,6 +49,7 @@ def cases_table(
     if on_gpu(device): table['peak_MiB'] = [gpu_peak(f) for f in cases.values()]
     return table
 
+# %% ../../nbs/study/training_speed.ipynb #7fdfccc4
 def parts_table(
     pack:Pack, backbone:str, size:int, bs:int, # as in `train_cases`
     rounds:int,
@@ -78,6 +79,7 @@ def bench_train(
         tables.append(table)
     return pd.concat(tables, ignore_index=True)
 
+# %% ../../nbs/study/training_speed.ipynb #378ed150
 def memory_table() -> pd.DataFrame: # a row for each number of epochs
     "Memory of training on the CPU for few epochs and for many"
     rows = [dict(epochs=epochs, peak_MiB=train_memory(epochs)) for epochs in (2, 20, 60)]
@@ -112,6 +114,9 @@ def explain_step(
     print('a step asks for (operations dispatched by torch; on a GPU also kernels and waits):')
     print(counts.to_string())
 
+# %% ../../nbs/study/training_speed.ipynb #20971d1f
+on_cpu = 'kmeans', 'pack'
+
 def pick(
     device:str, # '', 'cpu' or 'cuda'
     what:str,   # is measured
@@ -126,10 +131,9 @@ def pick(
     if device: return device
     return 'cuda' if torch.cuda.is_available() and what not in on_cpu else 'cpu'
 
-# %% ../../nbs/study/training_speed.ipynb #4fab6b3e
-on_cpu = dict(kmeans=bench_kmeans, pack=bench_pack)
+# %% ../../nbs/study/training_speed.ipynb #19344e80
 benches = dict(loss=bench_loss, augment=bench_augment, train=bench_train_and_memory,
-               features=bench_features) | on_cpu
+               features=bench_features, kmeans=bench_kmeans, pack=bench_pack)
 groups = dict(loss='views', augment='view', train='view') # columns for `ratio_figure`
 
 def check_bench(
@@ -146,6 +150,7 @@ def check_bench(
     if to and Path(to).suffix != '.csv':
         raise MarsclrError(f'--to {to}: give a name that ends in .csv')
 
+# %% ../../nbs/study/training_speed.ipynb #a53cc59d
 def run_bench(
     what:str, rounds:int, device:str, # as for `marsclr_bench`
     to:Path, # the CSV file
