@@ -34,7 +34,6 @@ NOT_YET = (
     'nbs/01_datasets.ipynb',
     'nbs/04_training.ipynb',
     'nbs/05_linear_evaluation.ipynb',
-    'nbs/10_distributed.ipynb',
     'nbs/11_atlas.ipynb',
     'nbs/12_reproduction.ipynb',
     'nbs/archives/feeds.ipynb',
@@ -59,10 +58,20 @@ NOT_YET = (
     'nbs/engine/view_kernel.ipynb',
     'nbs/engine/views.ipynb',
     'nbs/index.ipynb',
+    'nbs/study/ablations.ipynb',
+    'nbs/study/beyond.ipynb',
     'nbs/study/chain.ipynb',
+    'nbs/study/clusters_on_mars.ipynb',
+    'nbs/study/cost.ipynb',
     'nbs/study/cross_validation.ipynb',
+    'nbs/study/figure3.ipynb',
+    'nbs/study/figure4.ipynb',
+    'nbs/study/figure5.ipynb',
+    'nbs/study/figure8.ipynb',
     'nbs/study/grid.ipynb',
     'nbs/study/methods.ipynb',
+    'nbs/study/table2.ipynb',
+    'nbs/study/worth_of_a_diagnosis.ipynb',
 )
 
 
