@@ -3,7 +3,8 @@
 import numpy as np, pandas as pd
 from scipy.stats import t as student
 from marsclr.study.cross_validation import compare_methods, gain_figure, official_test, paired_gain
-from marsclr.study.grid import method_figure, paper_says, read_cells, summary
+from marsclr.study.figures import method_figure, paper_says, summary
+from marsclr.study.grid import read_cells
 from marsclr.study.purity import break_even, gains_over_dcl
 
 
@@ -42,28 +43,33 @@ def test_what_the_yardstick_sees():
     print(said('DCL, epochs=32'))
 
     orbit = compare_methods(blocks[blocks['pack'].str.startswith('HiRISE')], 'DCL')
-    orbit[['seeds', 'accuracy', 'log_loss', 'accuracy less DCL', 'log_loss less DCL']].sort_values('log_loss')
+    orbit.drop(columns=['test', 'test less DCL']).sort_values('log_loss')
 
     pool = pd.read_csv('../results/clusters-msl.csv').query('pack == "pool"')
     right = pool.caught*pool.false_negatives_before
     wrong = pool.swallowed*(1 - pool.false_negatives_before)
     pool['purity'] = right/(right + wrong)
-    pool[pool.k.isin([0, 14, 150])].groupby(['source', 'k'], sort=False).purity.mean().unstack().round(2)
+    some = pool[pool.k.isin([0, 14, 150])]
+    some.groupby(['source', 'k'], sort=False).purity.mean().unstack().round(2)
 
     yard = break_even(gains_over_dcl(pd.read_csv('../results/purity-marsyard.csv')))
     found = pool[(pool.source == 'pixels + capture') & (pool.k == 14)].purity.mean()
-    print(f'On MarsYard the loss pays above a purity of {yard:.2f}; pixels + capture have {found:.2f} on Mars.')
+    print(f'On MarsYard the loss pays above a purity of {yard:.2f}; '
+          f'pixels + capture have {found:.2f} on Mars.')
 
     def halves(method):
         "Half the interval on all originals and on the official test, points"
-        a, b = (blocks[(blocks['pack'] == 'MSL v2.1') & (blocks.method == name)] for name in (method, 'DCL'))
+        msl = blocks[blocks['pack'] == 'MSL v2.1']
+        a = msl[msl.method == method]
+        b = msl[msl.method == 'DCL']
         tests = paired_gain(official_test(a), official_test(b))
         return paired_gain(a, b)['half'], tests['half']
 
     others = [method for method in short.method.unique() if method not in ('DCL', 'frozen ImageNet')]
-    widths = pd.DataFrame({method: halves(method) for method in others}, index=['originals', 'official test']).T
-    widths['ratio'] = widths['originals']/widths['official test']
+    widths = pd.DataFrame([halves(method) for method in others], index=others)
+    widths.columns = ['originals', 'test']
+    widths['ratio'] = widths.originals/widths.test
     assert (widths.ratio < 1).all()
-    print(f'mean half-width: {widths.originals.mean():.1f} and {widths["official test"].mean():.1f} points, '
+    print(f'mean half-width: {widths.originals.mean():.1f} and {widths.test.mean():.1f} points, '
           f'mean ratio {widths.ratio.mean():.2f}')
     widths.round(2)
