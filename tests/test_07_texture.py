@@ -4,32 +4,34 @@ import math
 from functools import partial
 from pathlib import Path
 import numpy as np, torch, torch.nn.functional as F
-from fastai.callback.core import Callback, CancelValidException
 from fastai.data.core import DataLoaders
 from fastai.optimizer import OptimWrapper
 from fastai.vision.core import imagenet_stats
-from scipy.optimize import linear_sum_assignment
-from sklearn.metrics import normalized_mutual_info_score
-from sklearn.metrics.cluster import contingency_matrix
 from torch import nn
 from marsclr import __version__
 from marsclr.engine.views import Views
-from marsclr.engine.clusters import Clusters, kmeans, load_clusters, whiten
+from marsclr.engine.clusters import Clusters, load_clusters
 from marsclr.engine.files import MarsclrError, one_line, read_json
 from marsclr.engine.randomness import addressed_uniform
-from marsclr.engine.encoders import create_encoder, describe_init, encode, fast_bf16, input_stats, load_weights, pick_device, save_encoder
+from marsclr.engine.encoders import create_encoder, describe_init, fast_bf16, input_stats, load_weights, pick_device, save_encoder
 from marsclr.engine.packing import Pack
-from marsclr.engine.processes import on_first_rank, gather, process_group, rank, world_size
-from marsclr.engine.runs import Autocast, PackLoader, RunFolder, RunLearner, unwrap_model, open_run, show_progress
+from marsclr.engine.processes import on_first_rank, gather, process_group, rank
+from marsclr.engine.reclustering import BalancedLoader, ClusterViews, Recluster
+from marsclr.engine.runs import Autocast, RunFolder, RunLearner, open_run, show_progress
 import shutil, tempfile
+from itertools import combinations
 from unittest.mock import patch
 import matplotlib.pyplot as plt, pandas as pd
 from fastcore.test import *
+from marsclr.engine.clusters import kmeans, whiten
+from marsclr.engine.encoders import encode
 from marsclr.engine.files import write_json
+from marsclr.engine.reclustering import share_reassigned
 from marsclr.datasets import msl
 from marsclr.archives.marsyard import write_marsyard
 from marsclr.engine.packing import pack_archive
 from marsclr.texture import *
+from marsclr.texture import _draw_violating, _outer
 
 
 def test_counting_patterns():
@@ -48,76 +50,125 @@ def test_counting_patterns():
     def encoding_by_hand(x, codewords, scale):
         E = torch.zeros_like(codewords)
         for x_n in x:
-            a = torch.softmax(torch.stack([s*((x_n-c)**2).sum() for s,c in zip(scale, codewords)]), 0)
+            closeness = [s*((x_n-c)**2).sum() for s,c in zip(scale, codewords)]
+            a = torch.softmax(torch.stack(closeness), 0)
             for k,c in enumerate(codewords): E[k] += a[k]*(x_n-c)
         return E
 
     torch.manual_seed(0)
-    layer,x = Encoding(16, 8).double(), torch.randn(2, 49, 16).double()
-    test_close(layer(x), torch.stack([encoding_by_hand(o, layer.codewords, layer.scale) for o in x]), eps=1e-9)
+    layer = Encoding(16, 8).double()
+    x = torch.randn(2, 49, 16).double()
+    by_hand = torch.stack([encoding_by_hand(one, layer.codewords, layer.scale) for one in x])
+    test_close(layer(x), by_hand, eps=1e-9)
     test_close(layer(x), layer(x[:,torch.randperm(49)]), eps=1e-9)
     layer(x).shape
 
 
 def test_the_network():
     fusion = Fusion(5, 4, 6)
-    a,b = torch.randn(3, 5), torch.randn(3, 4)
+    a = torch.randn(3, 5)
+    b = torch.randn(3, 4)
     test_close(fusion(a, b), nn.Bilinear.forward(fusion, a, b), eps=1e-5)
+    test_eq(_outer(a, b)[0,:4], a[0,0]*b[0])
+
     net = TextureNet(create_encoder('resnet18'))
-    test_eq(net(torch.randn(2, 3, 64, 64)).shape, (2, 512))
-    test_eq(TextureNet(create_encoder('resnet18'), variant='dep')(torch.randn(2, 3, 64, 64)).shape, (2, 128))
-    f'{sum(p.numel() for p in net.parameters())/1e6:.1f} million weights, {sum(p.numel() for p in net.fuse.parameters())/1e6:.1f} of them in the fusion'
+    dep = TextureNet(create_encoder('resnet18'), variant='dep')
+    images = torch.randn(2, 3, 64, 64)
+    test_eq(net(images).shape, (2, 512))
+    test_eq(dep(images).shape, (2, 128))
+    def millions(module): return sum(p.numel() for p in module.parameters())/1e6
+    print(f'{millions(net):.1f} million weights, {millions(net.fuse):.1f} of them in the fusion')
 
 
-def test_who_teaches_it_its_own_clusters():
-    line = torch.tensor([[0.], [.3], [.5], [.8]])
-    test_close(TripletLoss(.05)(line, torch.tensor([0, 0, 1, 1]), 42), .10, eps=1e-6)
-    test_eq(TripletLoss()(line, torch.zeros(4, dtype=torch.long), 42), 0)
+def test_its_own_clusters_teach_it():
+    z = torch.tensor([[0.], [.3], [.5], [.8]])
+    clusters = torch.tensor([0, 0, 1, 1])
+
+    def violations(z, clusters, margin=.05):
+        "For each pair of a cluster: what each violating negative would cost"
+        costs = {}
+        for a,p in combinations(range(len(z)), 2):
+            if clusters[a] != clusters[p]: continue
+            others = [n for n in range(len(z)) if clusters[n] != clusters[a]]
+            gap = {n: ((z[a]-z[p])**2 - (z[a]-z[n])**2).sum().item() + margin for n in others}
+            costs[a,p] = {n: round(cost, 4) for n,cost in gap.items() if cost > 0}
+        return costs
+
+    test_eq(violations(z, clusters), {(0, 1): {}, (2, 3): {1: .10}})
+    violations(z, clusters)
+
+    violating = torch.tensor([[False, True, False], [True, False, True]])
+    test_eq(_draw_violating(violating, (42, 0))[0], 1)
+    drawn = [_draw_violating(violating, (42, step))[1].item() for step in range(200)]
+    test_eq(set(drawn), {0, 2})
+    pd.Series(drawn).value_counts().rename('draws of the second pair')
+
+    test_close(TripletLoss(.05)(z, clusters, 42), .10, eps=1e-6)
+    test_eq(TripletLoss()(z, torch.zeros(4, dtype=torch.long), 42), 0)
     z = torch.randn(24, 4, dtype=torch.double, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda o: TripletLoss(1.)(o, torch.arange(24)//4, 42, 0, 0), z)
+    of_six = torch.arange(24)//4
+    assert torch.autograd.gradcheck(lambda x: TripletLoss(1.)(x, of_six, 42, 0, 0), z)
 
-
-def test_batches_in_balance():
-    ids = np.repeat([0, 1, 2], [2, 98, 200])
-    loader = BalancedLoader(pack, ids, seed=0, device='cpu')
-    rows = loader.rows(0)
-    test_eq((ids[rows] == [0]*4 + [1]*4 + [2]*4).all(), True)
-    test_eq(rows, loader.rows(0))
-    assert (rows != loader.rows(1)).any()
-    test_eq([len(np.unique(rows[:,ids[rows[0]] == c])) for c in (0, 1, 2)], [2, 98, 100])
-    rows.shape
+    costs = [list(by_negative.values()) for by_negative in violations(z.detach(), of_six, 1.).values()]
+    expected = np.mean([np.mean(of_pair) for of_pair in costs if of_pair])
+    drawn = np.array([TripletLoss(1.)(z.detach(), of_six, 42, 0, step).item() for step in range(2000)])
+    assert abs(drawn.mean() - expected) < 4*drawn.std()/len(drawn)**.5
+    expected, drawn.mean()
 
 
 def test_guess_learn_guess_again():
-    test_eq(moved(np.array([0, 0, 1, 1]), np.array([1, 1, 0, 0])), 0)
-    test_eq(moved(np.array([0, 0, 1, 1]), np.array([1, 1, 0, 1])), .25)
+    ids = np.repeat([0, 1, 2], [2, 98, 200])
+    loader = BalancedLoader(pack, ids, seed=0, device='cpu')
+    batch = loader.rows(0)[0]
+    test_eq(np.bincount(ids[batch]), [4, 4, 4])
+    ids[batch]
+
+    old = np.array([0, 0, 0, 1, 1, 1])
+    new = np.array([1, 1, 1, 0, 0, 1])
+    test_close(share_reassigned(old, new), 1/6)
+    share_reassigned(old, new)
 
 
-def test_the_whole_of_it():
-    global kw
+def test_where_to_begin():
+    check_trunk(create_encoder('resnet10t'), 32)
+    with expect_fail(MarsclrError, 'choose a convolutional one'):
+        check_trunk(create_encoder('vit_tiny_patch16_224'), 224)
+
+
+def test_all_together():
+    global found, kw
     kw = dict(k=12, epochs=3, image_size=32, embed_size=32, backbone='resnet10t', device='cpu')
     found = texture_clusters(pack, tmp/'run', **kw)
     test_eq((len(found), found.k), (300, 12))
-    test_eq(sorted(o.name for o in (tmp/'run').iterdir()), ['.lock', 'checkpoint-before.pt', 'checkpoint.pt', 'clusters.npz', 'config.json', 'log.csv', 'texture.safetensors'])
-    pd.read_csv(tmp/'run/log.csv')
+    files = ['.lock', 'checkpoint-before.pt', 'checkpoint.pt', 'clusters.npz', 'config.json', 'log.csv',
+             'texture.safetensors']
+    test_eq(sorted(path.name for path in (tmp/'run').iterdir()), files)
+    pd.read_csv(tmp/'run/log.csv').drop(columns=['seconds', 'images_per_s'])
 
     fig,axs = plt.subplots(2, 9, figsize=(7, 1.7), dpi=70)
-    for c in range(6):
-        members = np.flatnonzero(found.ids == c)
-        for i,ax in zip(members[np.argsort(found.distances[members])], axs[c//3, c%3*3:]): ax.imshow(pack[int(i)])
-        axs[c//3, c%3*3].set_title(f'{len(members)} images', fontsize=7, loc='left')
     for ax in axs.flat: ax.set_axis_off()
+    for c,row in enumerate(axs.reshape(6, 3)):
+        members = np.flatnonzero(found.ids == c)
+        central = members[np.argsort(found.distances[members])]
+        for i,ax in zip(central, row): ax.imshow(pack[int(i)])
+        row[0].set_title(f'{len(members)} images', fontsize=7, loc='left')
 
-    after_batch,steps = RunFolder.after_batch,[]
+
+def test_a_run_that_is_stopped():
+    after_batch = RunFolder.after_batch
+    steps = []
     def pull_the_plug(self):
         after_batch(self)
         steps.append(1)
         if len(steps) == 9: raise KeyboardInterrupt
 
-    with patch.object(RunFolder, 'after_batch', pull_the_plug), expect_fail(KeyboardInterrupt): texture_clusters(pack, tmp/'stopped', **kw, save_every=1)
+    with patch.object(RunFolder, 'after_batch', pull_the_plug), expect_fail(KeyboardInterrupt):
+        texture_clusters(pack, tmp/'stopped', **kw, save_every=1)
     test_eq(torch.load(tmp/'stopped/checkpoint.pt', weights_only=True)['step'], 3)
     test_eq(texture_clusters(pack, tmp/'stopped', **kw, save_every=1).ids, found.ids)
 
+
+def test_embedding_other_images():
     z = encode(load_texture(tmp/'run'), pack, 32, device='cpu')
     test_eq(kmeans(whiten(z).numpy(), 12, 42+3)[0], found.ids)
 
@@ -125,19 +176,27 @@ def test_the_whole_of_it():
     encoder.default_cfg['mean'] = (.1, .2, .3)
     save_encoder(encoder, tmp/'encoder/encoder.safetensors')
     write_json(tmp/'encoder/config.json', dict(backbone='resnet10t'))
-    texture_clusters(pack, tmp/'from', **{**kw, 'epochs': 1, 'backbone': ''}, init=str(tmp/'encoder'))
+    short = kw | dict(epochs=1, backbone='')
+    texture_clusters(pack, tmp/'from', **short, init=str(tmp/'encoder'))
     test_eq(read_json(tmp/'from/config.json')['backbone'], 'resnet10t')
     test_eq(input_stats(load_texture(tmp/'from'))[0], (.1, .2, .3))
     test_eq(encode(load_texture(tmp/'from'), pack, 32, device='cpu').shape, (300, 512))
 
 
 def test_what_is_refused_and_what_is_not():
-    test_eq(texture_clusters(pack, tmp/'one', **{**kw, 'k': 1, 'epochs': 1}).k, 1)
+    one = texture_clusters(pack, tmp/'one', **(kw | dict(k=1, epochs=1)))
+    test_eq(one.k, 1)
     test_eq(pd.read_csv(tmp/'one/log.csv').loss[0], 0)
 
-    for message,bad in {'301 clusters of 300 images': dict(k=301), "variant 'deep' is not known": dict(variant='deep'), 'image_size is 32 there, 48 here': dict(image_size=48), 'choose a convolutional one': dict(backbone='vit_tiny_patch16_224'),
-                        'holds no encoder.safetensors': dict(init=f'{tmp}/yard', backbone='resnet10t'),
-                        'of resnet10t, not of resnet18': dict(init=f'{tmp}/encoder', backbone='resnet18')}.items():
-        with expect_fail(MarsclrError, message): texture_clusters(pack, tmp/'run', **{**kw, **bad})
+    refused = {'301 clusters of 300 images': dict(k=301),
+               "variant 'deep' is not known": dict(variant='deep'),
+               "optimizer 'lion' is not known": dict(optimizer='lion'),
+               'give at most 292': dict(k=300, each=28),
+               'image_size is 32 there, 48 here': dict(image_size=48),
+               'choose a convolutional one': dict(backbone='vit_tiny_patch16_224'),
+               'holds no encoder.safetensors': dict(init=f'{tmp}/yard', backbone='resnet10t'),
+               'of resnet10t, not of resnet18': dict(init=f'{tmp}/encoder', backbone='resnet18')}
+    for message,bad in refused.items():
+        with expect_fail(MarsclrError, message): texture_clusters(pack, tmp/'run', **(kw | bad))
 
     shutil.rmtree(tmp)

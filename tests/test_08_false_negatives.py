@@ -8,9 +8,12 @@ from marsclr.engine.clusters import load_clusters
 from marsclr.engine.files import MarsclrError
 from marsclr.engine.packing import load_pack, split_paths
 import tempfile, time
-import matplotlib.pyplot as plt, pandas as pd
+from itertools import permutations
+import matplotlib.pyplot as plt, pandas as pd, torch
 from fastcore.test import *
+from matplotlib.offsetbox import AnnotationBbox, OffsetImage
 from marsclr.engine.clusters import feature_clusters, pixel_features
+from marsclr.engine.encoders import create_encoder, encode
 from marsclr.datasets import msl
 from marsclr.archives.marsyard import write_marsyard
 from marsclr.engine.packing import pack_archive
@@ -22,124 +25,265 @@ needs_real_images = pytest.mark.skipif(not os.environ.get('MARSCLR_DATA'), reaso
 
 
 def test_three_images():
-    global pack, tmp
+    global label, pack, tmp
     tmp = Path(tempfile.mkdtemp())
-    pack = pack_archive(msl(write_marsyard(tmp/'yard', n=300, size=64, n_classes=10)), tmp/'pack', size=64)
+    yard = write_marsyard(tmp/'yard', n=300, size=64, n_classes=10)
+    pack = pack_archive(msl(yard), tmp/'pack', size=64)
     label = pack.table.label.to_numpy()
-    first = np.flatnonzero(label == label[0])
-    three = np.array([first[0], np.flatnonzero(label != label[0])[0], first[-1]])
-    label[three]
+    same = np.flatnonzero(label == label[0])
+    other = np.flatnonzero(label != label[0])
+    three = np.array([same[0], other[0], same[-1]])
+    [pack.classes[class_id] for class_id in label[three]]
+
+    def count_by_hand(labels):
+        views = [(image, class_id) for image, class_id in enumerate(labels) for _ in range(2)]
+        count = dict(positive=0, negative=0, false_negative=0)
+        for (image_a, class_a), (image_b, class_b) in permutations(views, 2):
+            if image_a == image_b: count['positive'] += 1
+            elif class_a == class_b: count['false_negative'] += 1
+            else: count['negative'] += 1
+        return count
+
+    by_hand = count_by_hand(label[three])
+    test_eq(by_hand, dict(positive=6, negative=16, false_negative=8))
+    by_hand
 
     image = np.repeat([0, 1, 2], 2)
-    def pairs(group): return group[image][:,None] == group[image]
-    itself,positive,truth = np.eye(6, dtype=bool), pairs(np.arange(3)), pairs(label[three])
+    itself = np.eye(6, dtype=bool)
+    one_image = image[:,None] == image
+    one_class = label[three][image][:,None] == label[three][image]
+    nothing = np.zeros((6, 6), dtype=bool)
+    COLOURS = np.array([[255, 255, 255],  # the same view
+                        [120, 180, 120],  # positive
+                        [225, 225, 225],  # left out
+                        [210, 90, 70],    # false negative
+                        [240, 200, 120]]) # negative
+    SIGNS = ' +·✗−'
 
-    def draw(ax, positive, left_out, title):
-        "Each pair of views: positive, negative, false negative, or left out"
-        kind = np.select([itself, positive, left_out, truth], [0, 1, 2, 3], 4)
-        ax.imshow(np.array([[255]*3, [120, 180, 120], [225]*3, [210, 90, 70], [240, 200, 120]])[kind])
-        ax.set(title=title, xticks=[], yticks=[])
-        for i in range(6):
-            ax.add_artist(plt.matplotlib.offsetbox.AnnotationBbox(plt.matplotlib.offsetbox.OffsetImage(pack[int(three[image[i]])].numpy(), zoom=.3), (-1.1, i), frameon=False, annotation_clip=False))
-            for j in range(6): ax.text(j, i, ' +·✗−'[kind[i,j]], ha='center', va='center', fontsize=9)
-        return kind
+    def kinds_of_pairs(positive, left_out):
+        "Of each pair of views: 0 the same view, 1 positive, 2 left out, 3 false negative, 4 negative"
+        return np.select([itself, positive, left_out, one_class], [0, 1, 2, 3], 4)
 
-    nothing = np.zeros_like(truth)
+    def draw_pairs(ax, kind, title):
+        ax.imshow(COLOURS[kind])
+        ax.set(title=title, xlabel='view', xticks=[], yticks=[])
+        for row in range(6):
+            thumbnail = OffsetImage(pack[int(three[image[row]])].numpy(), zoom=.3)
+            ax.add_artist(AnnotationBbox(thumbnail, (-1.1, row), frameon=False, annotation_clip=False))
+            for column in range(6):
+                ax.text(column, row, SIGNS[kind[row,column]], ha='center', va='center', fontsize=9)
+
+    kinds = {'equation 1': kinds_of_pairs(one_image, nothing),
+             'right clusters, left out': kinds_of_pairs(one_image, one_class),
+             'the truth': kinds_of_pairs(one_class, nothing)}
     fig,axs = plt.subplots(1, 3, figsize=(8.5, 2.9), dpi=70, layout='constrained')
-    kinds = [draw(axs[0], positive, nothing, 'eq. 1'), draw(axs[1], positive, truth, 'right clusters, left out'), draw(axs[2], truth, nothing, 'the truth')]
-    test_eq([(k == 3).sum() for k in kinds], [8, 0, 0])
+    for ax,(title,kind) in zip(axs, kinds.items()): draw_pairs(ax, kind, title)
+    test_eq([(kind == 3).sum() for kind in kinds.values()], [8, 0, 0])
+
+    false = by_hand['false_negative']
+    assumed = false + by_hand['negative']
+    every = assumed + by_hand['positive']
+    test_close([false/every, false/assumed], [8/30, 8/24])
+    print(f'of all {every} pairs of different views: {false/every:.1%}  (the definition of the paper)')
+    print(f'of the {assumed} assumed negatives: {false/assumed:.1%}  (what the loss meets)')
 
 
 def test_the_formula():
+    test_close(chance_of_one_class([2, 1]), 1/3)
+    test_close(chance_of_one_class([2, 1], replacement=True), 5/9)
+    test_eq(chance_of_one_class([1]*50), 0)
+    test_eq(chance_of_one_class([50]), 1)
+    chance_of_one_class([2, 1])
+
     test_close(false_negative_rate([2, 1], 3), (8/30, 0), eps=1e-7)
     test_close(false_negative_rate([2, 1], 3, of='negatives'), (1/3, 0), eps=1e-7)
     test_close(false_negative_rate([1, 1], 2, replacement=True), (2/3*.5, 1/3), eps=1e-7)
     test_eq(false_negative_rate([1]*50, 10)[0], 0)
     test_close(false_negative_rate([50], 10, of='negatives'), (1, 0), eps=1e-7)
+    false_negative_rate([2, 1], 3)
+
+    test_eq(false_negative_rate([5, 0, 3], 4), false_negative_rate([5, 3], 4))
+    test_close(false_negative_rate([200], 128), (254/255, 0), eps=1e-7)
+    false_negative_rate([200], 128)
 
 
 def test_the_simulation():
-    rng,small = np.random.default_rng(0), np.repeat([0, 1, 2], [5, 3, 2])
+    rng = np.random.default_rng(0)
+    small = np.repeat([0, 1, 2], [5, 3, 2])
+
     def one_batch():
         images = np.repeat(rng.choice(10, 4, replace=False), 2)
-        pair = ~np.eye(8, dtype=bool)
-        return ((small[images][:,None] == small[images]) & (images[:,None] != images) & pair).sum()/pair.sum()
+        different_views = ~np.eye(8, dtype=bool)
+        different_images = images[:,None] != images
+        same_class = small[images][:,None] == small[images]
+        return (same_class & different_images).sum()/different_views.sum()
 
     slow = np.array([one_batch() for _ in range(4000)])
+    slow.mean(), slow.std()
+
     fast = simulate([5, 3, 2], 4, batches=4000)
     mean,sd = false_negative_rate([5, 3, 2], 4)
-    for drawn in (slow, fast):
-        assert abs(drawn.mean()-mean) < 3*sd/len(drawn)**.5
-        test_close(drawn.std(), sd, eps=.05*sd)
-    mean, slow.mean(), fast.mean(), sd, slow.std(), fast.std()
+    for rates in (slow, fast):
+        assert abs(rates.mean()-mean) < 3*sd/len(rates)**.5
+        test_close(rates.std(), sd, eps=.05*sd)
+    both = {'formula': (mean, sd), 'slow': (slow.mean(), slow.std()), 'fast': (fast.mean(), fast.std())}
+    pd.DataFrame(both, index=['mean', 'standard deviation']).T.round(4)
 
     classes = np.diag([50, 30, 20])
+    one_cluster = np.array([[50], [30]])
+    unrelated = np.array([[25, 25], [15, 15], [10, 10]])
     test_eq(simulate(classes, 16).max(), 0)
-    assert np.isnan(simulate(np.array([[50], [30]]), 16, of='negatives')).all()
-    useless = simulate(np.array([[25, 25], [15, 15], [10, 10]]), 16, of='negatives').mean()
-    test_close(useless, false_negative_rate([50, 30, 20], 16, of='negatives')[0], eps=.01)
+    assert np.isnan(simulate(one_cluster, 16, of='negatives')).all()
+    left = simulate(unrelated, 16, of='negatives').mean()
+    test_close(left, false_negative_rate([50, 30, 20], 16, of='negatives')[0], eps=.01)
+    left
+
+
+def test_what_the_rate_depends_on():
+    def equal(classes, images=100_000): return [images//classes]*classes
+
+    def zipf(classes, exponent, images=100_000):
+        share = np.arange(1, classes+1)**-float(exponent)
+        return np.round(images*share/share.sum()).astype(int)
+
+    def draw_rates(ax, xs, counts, batches=None, **style):
+        "The formula as a line, the mean of 200 simulated batches as dots"
+        batches = batches or [128]*len(xs)
+        cases = list(zip(counts, batches))
+        formula = [100*false_negative_rate(*case)[0] for case in cases]
+        simulated = [100*simulate(*case, batches=200).mean() for case in cases]
+        line, = ax.plot(xs, formula, **style)
+        ax.plot(xs, simulated, '.', color=line.get_color())
+        return formula
+
+    class_numbers = [10, 20, 50, 100, 200, 500, 1000]
+    batch_sizes = [2, 4, 8, 16, 64, 256, 1024]
+    set_sizes = [256, 1024, 4096, 16384, 65536]
+    exponents = [0, .25, .5, .75, 1, 1.25, 1.5]
+    fig,axs = plt.subplots(1, 4, figsize=(11, 2.6), dpi=70, layout='constrained', sharey=True)
+    by_classes = draw_rates(axs[0], class_numbers, [equal(c) for c in class_numbers])
+    for c in (10, 19, 100):
+        name = f'{c} classes'
+        draw_rates(axs[1], batch_sizes, [equal(c)]*len(batch_sizes), batch_sizes, label=name)
+        draw_rates(axs[2], set_sizes, [equal(c, n) for n in set_sizes], label=name)
+        draw_rates(axs[3], exponents, [zipf(c, z) for z in exponents], label=name)
+    labels = 'classes', 'batch size (images)', 'images in the data set', 'imbalance (exponent of Zipf)'
+    for ax,text in zip(axs, labels): ax.set_xlabel(text)
+    for ax in axs[:3]: ax.set_xscale('log')
+    axs[0].set_ylabel('false negatives,\n% of view pairs')
+    axs[3].legend()
+    assert (np.diff(by_classes) < 0).all()
+
+    balanced = false_negative_rate(equal(19))[0]
+    steep = false_negative_rate(zipf(19, 1))[0]
+    assert steep > 2*balanced
+    print(f'19 classes of one size: {balanced:.1%}; with frequencies as 1/rank: {steep:.1%}')
 
 
 def test_table_2():
     global files, originals
-    fig,axs = plt.subplots(1, 4, figsize=(11, 2.6), dpi=70, layout='constrained', sharey=True)
-    def both(ax, xs, counts, batch=lambda x: 128, **kwargs):
-        "The formula as a line, a simulation of 200 batches as dots"
-        line = ax.plot(xs, [false_negative_rate(counts(x), batch(x))[0]*100 for x in xs], **kwargs)
-        ax.plot(xs, [simulate(counts(x), batch(x), batches=200).mean()*100 for x in xs], '.', color=line[0].get_color())
-
-    both(axs[0], [10, 20, 50, 100, 200, 500, 1000], lambda c: [100_000//c]*c)
-    for c in (10, 19, 100):
-        both(axs[1], [2, 4, 8, 16, 64, 256, 1024], lambda b: [100_000//c]*c, lambda b: b, label=f'{c} classes')
-        both(axs[2], [256, 1024, 4096, 16384, 65536], lambda n: [n//c]*c, label=f'{c} classes')
-        both(axs[3], [0, .25, .5, .75, 1, 1.25, 1.5], lambda z: np.round(100_000*np.arange(1, c+1)**-float(z)/(np.arange(1, c+1)**-float(z)).sum()).astype(int), label=f'{c} classes')
-    for ax,name in zip(axs, ('classes', 'batch size (images)', 'images in the data set', 'imbalance (exponent of Zipf)')): ax.set_xlabel(name)
-    for ax in axs[:3]: ax.set_xscale('log')
-    axs[0].set_ylabel('false negatives, % of view pairs')
-    axs[3].legend();
-
     files = [15, 211, 874, 1815, 1556, 18, 222, 390, 269, 47, 158, 220, 73, 163, 263, 206, 222, 68, 30]
     originals = [10, 86, 408, 1008, 373, 14, 47, 197, 65, 23, 80, 105, 42, 100, 123, 115, 56, 33, 15]
     imagenet = [100]*1000
-    half = [round(o*50_000/6820) for o in files] + [50]*1000
+    half = [round(n*50_000/6820) for n in files] + [50]*1000
     concatenated = files + [50]*1000
     test_eq((sum(files), sum(originals)), (6820, 2900))
 
-    rows = []
-    for name,counts,paper in (('MSL v2.1, 6820 files', files, 15.0), ('MSL v2.1, 2900 originals', originals, None), ('ImageNet, 1000 equal classes', imagenet, .08),
-                              ('50K of each', half, .30), ('6820 MSL files and 50K ImageNet', concatenated, None)):
+    def table_row(counts):
         began = time.perf_counter()
         drawn = simulate(counts, replacement=True)
         seconds = time.perf_counter()-began
         mean,sd = false_negative_rate(counts, replacement=True)
         error = sd/len(drawn)**.5
-        assert abs(drawn.mean()-mean) < 3*error and seconds < 2
-        rows.append({'data': name, 'formula': mean*100, 'simulation': drawn.mean()*100, 'standard error': error*100, 'paper': paper, 'not replaced': false_negative_rate(counts)[0]*100, 'seconds': seconds})
-    table2 = pd.DataFrame(rows).set_index('data')
+        assert abs(drawn.mean()-mean) < 3*error
+        assert seconds < 2
+        without = false_negative_rate(counts)[0]
+        return np.array([mean, drawn.mean(), error, without])*100
+
+    data = {'MSL v2.1, 6820 files': files,
+            'MSL v2.1, 2900 originals': originals,
+            'ImageNet, 1000 equal classes': imagenet,
+            '50K of each': half,
+            '6820 MSL files and 50K ImageNet': concatenated}
+    columns = ['formula', 'simulation', 'standard error', 'not replaced']
+    table2 = pd.DataFrame({name: table_row(counts) for name,counts in data.items()}, index=columns).T
+    table2.insert(3, 'paper', [15.0, None, .08, .30, None])
     test_close(table2['formula'].iloc[:4], [15.15, 17.02, .0996, 3.81], eps=.006)
     table2.round(3)
 
 
 @needs_real_images
 def test_table_2_on_real_images():
-    t = msl(data_root()/'msl-labeled-data-set-v2.1').table
-    test_eq(np.bincount(t.label).tolist(), files)
-    test_eq(np.bincount(t.label[~is_copy(t)]).tolist(), originals)
+    table = msl(data_root()/'msl-labeled-data-set-v2.1').table
+    test_eq(np.bincount(table.label).tolist(), files)
+    test_eq(np.bincount(table.label[~is_copy(table)]).tolist(), originals)
+
+
+def test_what_a_false_negative_costs():
+    torch.manual_seed(0)
+    features = encode(create_encoder('resnet18'), pack, device='cpu')
+    z = torch.nn.functional.normalize(features - features.mean(0), dim=1)
+    similarity = (z @ z.T).fill_diagonal_(-torch.inf)
+    false_pair = torch.from_numpy(label[:,None] == label).fill_diagonal_(False)
+    share_of_pairs = false_pair.sum()/(len(z)*(len(z)-1))
+    push = {t: (similarity/t).softmax(1)[false_pair].sum()/len(z) for t in (.5, .1)}
+    print(f'{share_of_pairs:.1%} of the negatives are false')
+    for t,share in push.items(): print(f'temperature {t}: they get {share:.1%} of the push')
+    assert share_of_pairs < push[.5] < push[.1]
+
+    runs = pd.read_csv('results/homogeneity-marsyard.csv')
+    runs = runs[runs.burst == 1]
+    without_false = 'eq. 2, view positives, true classes'
+    accuracy = runs.pivot(index=['classes', 'seed'], columns='method', values='same')*100
+    cost = (accuracy[without_false] - accuracy['eq. 1']).groupby('classes').agg(['mean', 'std'])
+    cost.insert(0, 'rate', runs.groupby('classes').before.mean()*100)
+    cost = cost.sort_values('rate')
+    fig,ax = plt.subplots(figsize=(4.5, 2.4), dpi=70, layout='constrained')
+    ax.errorbar(cost.rate, cost['mean'], yerr=cost['std'], fmt='o', capsize=2)
+    ax.axhline(0, ls=':', color='grey')
+    ax.set(xscale='log', xlabel='false negatives, % of the negatives')
+    ax.set_ylabel('gain without them,\npoints of accuracy')
+    ax.set_xticks([1, 3, 10, 30, 50], [1, 3, 10, 30, 50])
+    ax.minorticks_off()
+    test_eq(len(cost), 5)
+
+    for classes,row in cost.iterrows():
+        gain = f'{row["mean"]:+.1f} ± {row["std"]:.1f} points'
+        print(f'{row.rate:4.1f} % false ({classes} classes): {gain}')
+    assert cost['mean'].max() < 1
 
 
 def test_rates_of_an_archive():
-    print_rates(','.join(map(str, files)))
-    test_eq(read_counts(','.join(['10']*1000)), np.full(1000, 10))
-    found = feature_clusters(pixel_features(pack), pack, 10)
-    found.save(tmp/'found.npz')
-    print_rates(f'{tmp}/pack', 64, f'{tmp}/found.npz')
-
-    for args,message in ((('5,-1',), 'holds -1'), (('1',), '1 images make no pair'), (('0,0',), '0 images make no pair'), (('20,30', 100), 'larger than the data set (50 images)'),
-                         (('20,30', 1), 'makes no pair'), (('1000000000,5',), '1e+09 images are more than can be simulated'), (('rock',), "'rock' is neither a pack"), (('20,30', 16, '', False, 0), '--batches 0')):
-        with expect_fail(MarsclrError, message): print_rates(*args)
     test_eq(read_counts('5,0,3').tolist(), [5, 0, 3])
+    test_eq(read_counts(','.join(['10']*1000)), np.full(1000, 10))
     (tmp/'labels.txt').write_text('a.jpg 0\nb.jpg 1615000000000\nc.jpg 0\n')
     test_eq(read_counts(str(tmp/'labels.txt')).tolist(), [2, 1])
+    test_eq(read_counts(str(tmp/'pack')), np.bincount(label))
+    read_counts(str(tmp/'pack'))
 
-    test_eq(false_negative_rate([5, 0, 3], 4), false_negative_rate([5, 3], 4))
-    test_close(false_negative_rate([200], 128), (254/255, 0), eps=1e-7)
+    found = feature_clusters(pixel_features(pack), pack, 10)
+    found.save(tmp/'found.npz')
+    table = class_by_cluster(f'{tmp}/pack', f'{tmp}/found.npz')
+    test_eq(table.sum(1), np.bincount(label))
+    test_eq(table.sum(0), np.bincount(found.ids))
+    table[:3]
+
+    print_rates(','.join(map(str, files)))
+
+    print_rates(f'{tmp}/pack', 64, f'{tmp}/found.npz')
+    before = false_negative_rate(np.bincount(label), 64)[0]
+    left = simulate(table, 64).mean()
+    assert .3 < left/before < .7
+
+
+def test_what_is_refused():
+    refused = {'5,-1': 'holds -1',
+               '1': '1 images make no pair',
+               '0,0': '0 images make no pair',
+               '1000000000,5': '1e+09 images are more than can be simulated',
+               'rock': "'rock' is neither a pack"}
+    for source,message in refused.items():
+        with expect_fail(MarsclrError, message): print_rates(source)
+    with expect_fail(MarsclrError, 'larger than the data set (50 images)'): print_rates('20,30', 100)
+    with expect_fail(MarsclrError, 'makes no pair'): print_rates('20,30', 1)
+    with expect_fail(MarsclrError, '--batches 0'): print_rates('20,30', 16, batches=0)

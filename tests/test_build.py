@@ -1,5 +1,6 @@
 "The build itself, tried on a toy project."
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -91,11 +92,19 @@ def run_tests(folder, **env):
 def save(folder, text): nbformat.write(notebook(text), folder/'nbs'/'00_toy.ipynb')
 
 
+def excuse(folder, *names):
+    "Let only these notebooks break the rules of style."
+    path = folder/'.ci'/'style.py'
+    listed = f'NOT_YET = {names!r}'
+    path.write_text(re.sub(r'^NOT_YET = \(.*?\)$', listed, path.read_text(), flags=re.M | re.S))
+
+
 @pytest.fixture(scope='module')
 def built(tmp_path_factory):
     "A small project with one lesson and an index, built once."
     folder = tmp_path_factory.mktemp('built')
     shutil.copytree(root/'.ci', folder/'.ci')
+    excuse(folder)
     (folder/'nbs').mkdir()
     (folder/'tests').mkdir()
     shutil.copy(root/'tests'/'conftest.py', folder/'tests')
@@ -184,3 +193,62 @@ def test_a_notebook_badly_saved_is_found(toy, source, spoil, fault):
     nbformat.write(nb, path)
     done = build(toy, '--check')
     assert done.returncode == 1 and any(o.startswith('nbs/00_toy.ipynb: ') and fault in o for o in done.stderr.splitlines()), done.stderr
+
+
+LONG = f'name = {"x"*100!r}'
+MIXED = 'import os\nhere = os.sep'
+LONG_MODULE = '#| export\n' + '\n'.join(f'a{i} = {i}' for i in range(300))
+BREAKS = [(LONG, 'a line of 109 characters'), (MIXED, 'imports and other code in one cell'),
+          (LONG_MODULE, 'its module has 3')]
+
+
+def style(folder, *args):
+    command = [sys.executable, '.ci/style.py', *args]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize('cell,fault', BREAKS)
+def test_a_notebook_that_breaks_a_rule_of_style_is_refused(toy, cell, fault):
+    save(toy, TOY + '\n---\n' + cell)
+    assert build(toy).returncode == 0
+    for done in (build(toy, '--check'), style(toy, '--check')):
+        assert done.returncode == 1 and done.stderr.startswith(f'nbs/00_toy.ipynb: {fault}'), done.stderr
+        assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize('cell,fault', BREAKS)
+def test_a_notebook_that_is_still_to_be_rewritten_is_excused(toy, cell, fault):
+    excuse(toy, 'nbs/00_toy.ipynb')
+    save(toy, TOY + '\n---\n' + cell)
+    assert build(toy).returncode == 0
+    assert build(toy, '--check').returncode == 0 and style(toy, '--check').returncode == 0
+
+
+def test_the_list_of_excused_notebooks_can_only_shrink(toy):
+    excuse(toy, 'nbs/00_toy.ipynb', 'nbs/01_gone.ipynb')
+    for done in (build(toy, '--check'), style(toy, '--check')):
+        assert done.returncode == 1
+        assert [o.split(': ')[:2] for o in done.stderr.splitlines()] == [
+            ['nbs/00_toy.ipynb', 'keeps the rules'],
+            ['nbs/01_gone.ipynb', 'on NOT_YET in .ci/style.py, but no notebook']]
+
+
+@pytest.mark.parametrize('cell', [
+    f'script = """\nimport os\nhere = os.sep\n"""',
+    'def f():\n    import os\n    return os.sep',
+    '#| hide\nimport nbdev; nbdev.nbdev_export()',
+    '!echo\nimport os',
+    f'name = {"x"*91!r}',
+], ids=['in a string', 'inside a function', "nbdev's own", 'a line magic', '100 characters'])
+def test_what_only_looks_like_a_broken_rule_is_none(toy, cell):
+    save(toy, TOY + '\n---\n' + cell)
+    assert style(toy, '--check').returncode == 0
+
+
+def test_the_table_of_style_counts_and_marks_what_misses_an_aim(toy):
+    save(toy, TOY + '\n---\n' + LONG)
+    rows = style(toy).stdout.splitlines()
+    names, counts = rows[0].split(), rows[1].split()[1:]
+    table = dict(zip(names, counts))
+    assert [row.split()[0].split('/')[-1] for row in rows[1:]] == ['00_toy.ipynb', 'index.ipynb', 'all']
+    assert (table['long'], table['export'], table['median'], table['checks']) == ('1!', '1', '2', '4.0')

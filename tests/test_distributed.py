@@ -21,7 +21,7 @@ from marsclr.engine.views import Views
 from marsclr.engine.clusters import label_clusters, load_clusters
 from marsclr.datasets import msl
 from marsclr.engine.encoders import ContrastiveModel, create_encoder, encode
-from marsclr.losses import losses
+from marsclr.losses import losses, plain_loss
 from marsclr.archives.marsyard import write_marsyard
 from marsclr.engine.packing import load_pack, pack_archive
 from marsclr.engine.processes import process_group, rank, world_size
@@ -53,6 +53,14 @@ def contrastive(name, model, part):
     "Two views of the images in `part`, as the training loop stacks them"
     x, ids, clusters = batch()
     return backward(model, losses[name](temperature=.3)(model(torch.cat([x[0, part], x[1, part]])), ids[part].repeat(2), clusters[part].repeat(2)))
+
+
+def plain(name, model):
+    "The same with the lesson's plain loss, in one process"
+    x, ids, clusters = batch()
+    loss = losses[name]()
+    switches = loss.positives, loss.negatives, loss.positive_below
+    return backward(model, plain_loss(model(x.flatten(0, 1)), ids.repeat(2), clusters.repeat(2), .3, *switches))
 
 
 def triplet(model, part):
@@ -165,6 +173,7 @@ def largest_difference(a, b): return max((a[k] - b[k]).abs().max().item() for k 
 def test_divided_batch_gives_the_loss_and_gradients_of_the_whole(w, tmp_path):
     several(w, gradients, tmp_path)
     whole = {name: f(network(), torch.arange(IMAGES)) for name, f in SETTINGS.items()}
+    whole |= {name: plain(name, network()) for name in losses if hasattr(losses[name](), 'positive_below')}
     for i in range(w):
         for name, (loss, grads) in torch.load(tmp_path/f'{i}.pt', weights_only=True).items():
             assert loss == pytest.approx(whole[name][0], abs=1e-9)

@@ -14,7 +14,7 @@ from fastcore.test import *
 from marsclr.datasets import make_table, msl
 from marsclr.engine.encoders import create_encoder, encode
 from marsclr.archives.marsyard import write_marsyard
-from marsclr.engine.packing import pack_archive
+from marsclr.engine.packing import concat_packs, pack_archive
 from marsclr.engine.clusters import *
 from marsclr.engine.clusters import _first_alike
 
@@ -25,17 +25,21 @@ def test_one_number_an_image():
     pack = pack_archive(msl(write_marsyard(tmp/'yard', n=600, size=64)), tmp/'pack', size=64)
     pack
 
-    two = Clusters(np.arange(len(pack)) % 2, np.zeros(len(pack), np.float32), 'parity', pack.fingerprint)
+    parity = np.arange(len(pack)) % 2
+    two = Clusters(parity, np.zeros(len(pack), np.float32), 'parity', pack.fingerprint)
     two.save(tmp/'two.npz')
     test_eq(load_clusters(tmp/'two.npz', pack).ids, two.ids)
-    with expect_fail(MarsclrError, 'clusters of another pack'): load_clusters(tmp/'two.npz', pack.where(np.arange(10)))
-    (tmp/'bad.npz').write_bytes((tmp/'two.npz').read_bytes()[:100])
-    for o in ('bad.npz', 'none.npz'):
-        with expect_fail(MarsclrError, 'cannot be read as clusters'): load_clusters(tmp/o, pack)
+    test_eq(load_clusters(tmp/'two.npz', pack).fingerprint, two.fingerprint)
     two
 
+    first_ten = pack.where(np.arange(10))
+    with expect_fail(MarsclrError, 'clusters of another pack'): load_clusters(tmp/'two.npz', first_ten)
+    (tmp/'bad.npz').write_bytes((tmp/'two.npz').read_bytes()[:100])
+    for name in ('bad.npz', 'none.npz'):
+        with expect_fail(MarsclrError, 'cannot be read as clusters'): load_clusters(tmp/name, pack)
 
-def test_from_the_file_names_who_was_there():
+
+def test_from_file_names_bursts():
     global capture
     capture = capture_clusters(pack)
     test_eq(label_clusters(pack).k, 10)
@@ -47,18 +51,33 @@ def test_from_the_file_names_who_was_there():
     axs[0].set_title('one burst', fontsize=8)
     capture
 
-    names = ['NLA_397681372EDR_F0020000AUT_04096M1.jpg', 'NLA_397681398EDR_F0020000AUT_04096M1.jpg', 'NLA_497681398EDR_F0020000AUT_04096M1.jpg']
-    navcam = Pack([np.zeros((3, 8, 8, 3), np.uint8)], make_table(names, 'curiosity').assign(sha256=''))
+    names = ['NLA_397681372EDR_F0020000AUT_04096M1.jpg',
+             'NLA_397681398EDR_F0020000AUT_04096M1.jpg',
+             'NLA_497681398EDR_F0020000AUT_04096M1.jpg']
+    frames = np.zeros((3, 8, 8, 3), np.uint8)
+    table = make_table(names, 'curiosity').assign(sha256='')
+    navcam = Pack([frames], table)
     test_eq(capture_clusters(navcam).ids.tolist(), [0, 0, 1])
 
+    grouped = Pack([frames], table.assign(group=['rock 7', '', 'rock 7']))
+    test_eq(capture_clusters(grouped).ids.tolist(), [0, 1, 0])
+    test_eq(capture_clusters(concat_packs(grouped, navcam)).ids.tolist(), [0, 1, 0, 1, 1, 2])
+    nameless = Pack([frames], make_table(['a.png', 'b.png', 'c.png'], 'mine').assign(sha256=''))
+    test_eq(capture_clusters(nameless).ids.tolist(), [0, 1, 2])
 
-def test_from_pixels_the_floor():
+
+def test_from_pixels():
     thumbs = pixel_features(pack)
     test_eq(thumbs.shape, (600, 768))
     fig,axs = plt.subplots(1, 6, figsize=(6, 1.1), dpi=70)
-    for ax,v in zip(axs, thumbs):
-        ax.imshow(v.view(3, 16, 16).permute(1, 2, 0))
+    for ax,vector in zip(axs, thumbs):
+        ax.imshow(vector.view(3, 16, 16).permute(1, 2, 0))
         ax.set_axis_off()
+
+    images = pack[np.arange(10)].permute(0, 3, 1, 2).float()/255
+    plain = F.interpolate(images, size=16, mode='bilinear', antialias=True).flatten(1)
+    test_close(thumbs[:10], plain, eps=1e-4)
+    test_eq(pixel_features(pack, bs=7), thumbs)
 
 
 def test_from_features_k_means():
@@ -69,9 +88,12 @@ def test_from_features_k_means():
     test_eq(found.ids, feature_clusters(features, pack, 20).ids)
     test_eq(feature_clusters(features, pack, 1).k, 1)
     test_eq(feature_clusters(features, pack, 600).k, 600)
+    found
+
     with expect_fail(MarsclrError, '700 clusters of 600 images'): feature_clusters(features, pack, 700)
     with expect_fail(MarsclrError, 'NaN'): feature_clusters(features*torch.nan, pack, 3)
-    found
+    with expect_fail(MarsclrError, '10 features for a pack of 600'):
+        feature_clusters(features[:10], pack, 3)
 
     bursts = np.repeat(np.random.default_rng(0).standard_normal((30, 768), np.float32), 7, axis=0)
     test_eq(_first_alike(bursts), np.arange(210)//7*7)
@@ -83,23 +105,26 @@ def test_from_features_k_means():
 
 def test_why_whiten():
     white = whiten(features, 60)
-    fig,ax = plt.subplots(figsize=(4, 2), dpi=70)
-    for name,o in (('features', features), ('whitened', white)):
-        share = torch.linalg.eigvalsh(o.T.cov()).flip(0)[:60]
-        ax.plot(np.arange(1, 61), share/share.sum(), label=name)
-    ax.set(yscale='log', xlabel='direction', ylabel='share of variance')
-    ax.legend()
+    fig,ax = plt.subplots(figsize=(4, 2), dpi=70, layout='constrained')
+    for name,vectors in (('features', features), ('whitened', white)):
+        variance = torch.linalg.eigvalsh(vectors.T.cov()).flip(0)[:60]
+        ax.plot(np.arange(1, 61), variance/variance.sum(), label=name)
+    ax.set(yscale='log', xlabel='direction, the strongest first', ylabel='share of variance')
+    ax.legend();
+
     test_close(white.norm(dim=1), torch.ones(600), eps=1e-5)
     test_eq(whiten(torch.ones(9, 4)*torch.arange(9)[:,None]).shape, (9, 1))
     test_eq(whiten(torch.ones(9, 4)).tolist(), [[0.]]*9)
+    with expect_fail(MarsclrError, 'NaN'): whiten(features*torch.nan)
 
 
 def test_features_and_file_names_together():
-    both = feature_clusters(pool_groups(features, capture.ids), pack, 20, source='features + capture')
-    together = pd.Series(both.ids).groupby(capture.ids).nunique()
-    test_eq(together.max(), 1)
-    torn = pd.Series(found.ids).groupby(capture.ids).nunique()
-    f'{(torn > 1).sum()} of {capture.k} bursts were torn apart before, none now'
+    pooled = pool_groups(features, capture.ids)
+    both = feature_clusters(pooled, pack, 20, source='features + capture')
+    test_close(pooled[0], F.normalize(features[capture.ids == capture.ids[0]], dim=1).mean(0), eps=1e-5)
+    test_eq(pd.Series(both.ids).groupby(capture.ids).nunique().max(), 1)
+    torn = (pd.Series(found.ids).groupby(capture.ids).nunique() > 1).sum()
+    f'{torn} of {capture.k} bursts were torn apart before, none now'
 
 
 def test_purer_clusters():
@@ -108,7 +133,8 @@ def test_purer_clusters():
     test_eq(central_clusters(six, 1).ids, six.ids)
     other = Clusters(np.array([0, 0, 1, 1, 1, 1]), np.zeros(6, np.float32), 'another', 'a pack')
     test_eq(agreed_clusters(six, other).ids, [0, 0, 1, 1, 2, 2])
+    elsewhere = Clusters(six.ids, six.distances, 'x', 'elsewhere')
     with expect_fail(MarsclrError, 'give one above 0'): central_clusters(six, 0)
-    with expect_fail(MarsclrError, 'cannot agree'): agreed_clusters(six, Clusters(six.ids, six.distances, 'x', 'elsewhere'))
+    with expect_fail(MarsclrError, 'cannot agree'): agreed_clusters(six, elsewhere)
 
     shutil.rmtree(tmp)

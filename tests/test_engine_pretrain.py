@@ -19,7 +19,8 @@ from marsclr.pretrain import *
 
 
 def test_opening():
-    with patch.dict(os.environ, COLUMNS='98'), expect_fail(SystemExit, '0'): marsclr_pretrain(['--help'])
+    wide = patch.dict(os.environ, COLUMNS='98')
+    with wide, expect_fail(SystemExit, '0'): marsclr_pretrain(['--help'])
 
 
 def test_several_processes():

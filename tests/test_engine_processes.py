@@ -12,27 +12,41 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from marsclr.engine.files import MarsclrError, on_signal
 import shutil, tempfile
-from textwrap import indent
+from textwrap import fill, indent
 from fastcore.test import *
 from marsclr.engine.processes import *
+from marsclr.engine.processes import _defaults
 
 
 def test_how_many_and_which_am_i():
-    test_eq((world_size(), rank()), (1, 0))
+    test_eq(world_size(), 1)
+    test_eq(rank(), 0)
+
+    with process_group(torch.device('cpu')): test_eq(world_size(), 1)
 
 
 def test_starting_them():
     global in_two, tmp
-    tmp = Path(tempfile.mkdtemp())
+    answers = _defaults(['--cpu'])
+    test_eq([answers[name] for name in ('mixed_precision', 'dynamo_backend')], ['no', 'no'])
+    test_eq('mixed_precision' in _defaults(['--mixed-precision=bf16']), False)
+    assert 'main_process_port' not in _defaults(['--num_machines', '2'])
+    assert 'num_machines' not in _defaults(['--config_file', 'a.yaml'])
 
-    def in_two(lines):
-        "What two processes print, and what is said about their end"
+    tmp = Path(tempfile.mkdtemp())
+    launcher = 'from marsclr.engine.processes import marsclr_launch; marsclr_launch()'
+    in_two_processes = [sys.executable, '-c', launcher, '--cpu', '--num_processes', '2']
+
+    def write_program(lines):
+        "A program that runs `lines` in a process group; `say` prints a line in one piece"
         (tmp/'program.py').write_text(f"""
 import os, signal, torch
 from marsclr.engine.commands import command
 from marsclr.engine.processes import *
 
-def say(*words): print(f'process {{rank()}} of {{world_size()}}: ' + ' '.join(map(str, words)) + '\\n', end='', flush=True)  # in one piece
+def say(*words):
+    text = ' '.join(map(str, words))
+    print(f'process {{rank()}} of {{world_size()}}: {{text}}\\n', end='', flush=True)
 
 def program():
     with process_group(torch.device('cpu')):
@@ -40,10 +54,16 @@ def program():
 
 command(program, several=True)()
 """)
-        launch = [sys.executable, '-c', 'from marsclr.engine.processes import marsclr_launch; marsclr_launch()', '--cpu', '--num_processes', '2', tmp/'program.py']
-        done = subprocess.run(launch, env={**os.environ, 'OMP_NUM_THREADS': '1'}, capture_output=True, text=True)
+
+    def in_two(lines):
+        "What two processes print, and what is said about their end"
+        write_program(lines)
+        env = {**os.environ, 'OMP_NUM_THREADS': '1'}
+        line = [*in_two_processes, tmp/'program.py']
+        done = subprocess.run(line, env=env, capture_output=True, text=True)
         assert done.returncode == 0 or done.stderr, done
-        return sorted(done.stdout.splitlines()), done.returncode and done.stderr.splitlines()[-1]
+        said = sorted(done.stdout.splitlines())
+        return said, done.returncode and done.stderr.splitlines()[-1]
 
     greeted,ended = in_two("""
 say('here I am')
@@ -52,7 +72,7 @@ os.kill(os.getpid(), signal.SIGKILL) if rank() else gather(torch.zeros(1))
 """)
     test_eq(greeted, ['process 0 of 2: here I am', 'process 1 of 2: here I am'])
     assert 'process 1 failed first: Signal 9 (SIGKILL)' in ended
-    greeted, ended
+    print(*greeted, ended, sep='\n')
 
 
 def test_what_they_share():
@@ -62,35 +82,39 @@ everything = gather(x)
 everything.sum().square().backward()
 say(everything.tolist(), 'gradient', x.grad.tolist(), 'mean', mean_over_ranks(x.sum()).item())
 """)
-    test_eq(shared, [f'process {i} of 2: [1.0, 1.0, 2.0, 2.0] gradient [24.0, 24.0] mean 3.0' for i in (0, 1)])
+    numbers = '[1.0, 1.0, 2.0, 2.0] gradient [24.0, 24.0] mean 3.0'
+    test_eq(shared, [f'process {number} of 2: {numbers}' for number in (0, 1)])
     test_eq(ended, 0)
     shared
 
     x = torch.arange(3., requires_grad=True)
-    assert gather(x) is x and mean_over_ranks(x) is x
+    assert gather(x) is x
+    assert mean_over_ranks(x) is x
 
     parts,ended = in_two("""
 mine = torch.tensor(my_rows(5))*10
 say(mine.tolist(), gather_parts(mine, 5).tolist())
 """)
-    test_eq(parts, ['process 0 of 2: [0, 10, 20] [0, 10, 20, 30, 40]', 'process 1 of 2: [30, 40] [0, 10, 20, 30, 40]'])
-    assert list(my_rows(5)) == [0, 1, 2, 3, 4] and gather_parts(x, 3) is x
+    test_eq(parts, ['process 0 of 2: [0, 10, 20] [0, 10, 20, 30, 40]',
+                    'process 1 of 2: [30, 40] [0, 10, 20, 30, 40]'])
+    test_eq(list(my_rows(5)), [0, 1, 2, 3, 4])
+    assert gather_parts(x, 3) is x
     parts
 
 
 def test_how_they_agree():
     agreed,ended = in_two("""
 first = on_first_rank(lambda: f'I am {rank()}')
-some,none = any_rank(rank() == 1, 'cpu'),any_rank(False, 'cpu')
+some = any_rank(rank() == 1, 'cpu')
+none = any_rank(False, 'cpu')
 check_same_on_all(len([1, 2]), 'length')
 say('told', first, some, none)
 check_same_on_all(rank(), 'number')
 """)
-    test_eq(agreed, [f'process {i} of 2: told I am 0 True False' for i in (0, 1)])
-    assert ended.endswith('process 1 sees another number than the first (1, not 0): all must read the same files')
-    agreed, ended
-
-    def refuse(): raise MarsclrError('runs/a has other settings')
+    test_eq(agreed, [f'process {number} of 2: told I am 0 True False' for number in (0, 1)])
+    assert ended.endswith('process 1 sees another number than the first (1, not 0): '
+                          'all must read the same files')
+    print(*agreed, fill(ended, 100), sep='\n')
 
     refused,_ = in_two("""
 from marsclr.engine.files import MarsclrError
@@ -99,10 +123,14 @@ def refuse(): raise MarsclrError('runs/a has other settings')
 try: on_first_rank(refuse)
 except MarsclrError as e: say(e)
 """)
-    test_eq(refused, [f'process {i} of 2: runs/a has other settings' for i in (0, 1)])
+    test_eq(refused, [f'process {number} of 2: runs/a has other settings' for number in (0, 1)])
+    refused
+
+    def refuse(): raise MarsclrError('runs/a has other settings')
+
     with expect_fail(MarsclrError, 'other settings'): on_first_rank(refuse)
     check_same_on_all(1, 'number')
-    test_eq((on_first_rank(lambda: 7), any_rank(False, 'cpu'), any_rank(True, 'cpu')), (7, False, True))
-    refused
+    test_eq(on_first_rank(lambda: 7), 7)
+    test_eq((any_rank(False, 'cpu'), any_rank(True, 'cpu')), (False, True))
 
     shutil.rmtree(tmp)

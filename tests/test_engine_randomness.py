@@ -4,32 +4,76 @@ import numpy as np, torch
 import matplotlib.pyplot as plt
 from fastcore.test import *
 from marsclr.engine.randomness import *
+from marsclr.engine.randomness import _signed
 
 
-def test_randomness_with_an_address():
+def test_from_address_to_number():
+    global one_number
+    test_eq(mix64_number(0), 0xe220a8397b1dcdaf)
+    hex(mix64_number(0)), hex(mix64_number(1))
+
+    test_eq(address_key(), 0)
+    test_eq(address_key(42), mix64_number(42))
+    assert address_key(42, 0, 1) != address_key(42, 1, 0)
+
+    def one_number(image, position, *address):
+        key = mix64_number(address_key(*address) ^ image)
+        return (mix64_number(key ^ position) >> 40) / 2**24
+
+    one_number(7, 2, 42, 0, 0)
+
+
+def test_a_whole_batch_at_once():
+    numbers = [0, 1, 7, 2**62, 2**63, 2**64 - 1]
+    mixed = mix64(torch.tensor([_signed(number) for number in numbers]))
+    test_eq([number % 2**64 for number in mixed.tolist()], [mix64_number(number) for number in numbers])
+
     test_eq(mix64(torch.tensor(0)).item() % 2**64, 0xe220a8397b1dcdaf)
-    i,one_bit = torch.arange(64)[:,None], torch.tensor(1) << torch.arange(64)
-    flipped = np.vectorize(lambda o: bin(o % 2**64).count('1'))((mix64(i) ^ mix64(i ^ one_bit)).numpy().astype(object))
+    numbers = torch.arange(64)[:,None]
+    one_bit = torch.tensor(1) << torch.arange(64)
+    changed = (mix64(numbers) ^ mix64(numbers ^ one_bit)).tolist()
+    flipped = np.array([[bin(bits % 2**64).count('1') for bits in row] for row in changed])
     test_close(flipped.mean(), 32, eps=.2)
     assert abs(flipped.mean(0)-32).max() < 4
+    print(f'{flipped.mean():.2f} bits on average')
 
+    u = addressed_uniform(torch.arange(20), 4, 42, 0, 0)
+    test_eq(u.tolist(), [[one_number(image, position, 42, 0, 0) for position in range(4)] for image in range(20)])
+    both = uniform_at(torch.arange(20), 4, [(42, 0, 0), (42, 0, 1)])
+    test_eq(both[:20], u)
+    test_eq(both[20:], addressed_uniform(torch.arange(20), 4, 42, 0, 1))
+    u[7]
+
+    test_eq((u[7]*2**24).long().tolist(), [13368370, 2231794, 8132772, 14268589])
+
+
+def test_are_they_good_random_numbers():
     ids = torch.arange(100_000)
     u = addressed_uniform(ids, 4, 42, 0, 0)
-    test_eq(addressed_uniform(torch.tensor([7]), 4, 42, 0, 0), u[7:8])
-    u[7], addressed_uniform(torch.tensor([7]), 4, 42, 1, 0)[0], addressed_uniform(torch.tensor([7]), 4, 42, 0, 1)[0]
+    image_7 = torch.tensor([7])
+    test_eq(addressed_uniform(image_7, 4, 42, 0, 0), u[7:8])
+    print('as in the batch:', u[7])
+    print('another epoch:  ', addressed_uniform(image_7, 4, 42, 1, 0)[0])
+    print('another view:   ', addressed_uniform(image_7, 4, 42, 0, 1)[0])
+    assert (addressed_uniform(image_7, 4, 42, 1, 0) != u[7:8]).all()
+    assert (addressed_uniform(image_7, 4, 42, 0, 1) != u[7:8]).all()
 
-    v = addressed_uniform(ids, 4, 42, 0, 1)
-    pairs = {'next image': (u[:-1,0], u[1:,0]), 'next number': (u[:,0], u[:,1]), 'other view': (u[:,0], v[:,0])}
-    corr = {k: torch.corrcoef(torch.stack(p))[0,1].item() for k,p in pairs.items()}
     counts = torch.histc(u[:,0], 50, 0, 1)
     fig,ax = plt.subplots(figsize=(4,2), dpi=70)
     ax.bar(np.arange(50)/50, counts, width=.02, align='edge')
-    ax.set(xlabel='value', ylabel='draws', title='100 000 addressed draws, 50 bins');
+    ax.set(xlabel='value', ylabel='draws', title='100 000 addressed draws, 50 bins')
     chi2 = ((counts-2000)**2/2000).sum().item()
-    assert max(map(abs, corr.values())) < .013, corr
     assert chi2 < 85, chi2
-    corr, chi2
+    print(f'chi squared: {chi2:.1f}')
 
+    other_view = addressed_uniform(ids, 4, 42, 0, 1)
+    pairs = {'next image': (u[:-1,0], u[1:,0]), 'next number': (u[:,0], u[:,1]), 'other view': (u[:,0], other_view[:,0])}
+    correlations = {name: torch.corrcoef(torch.stack(pair))[0,1].item() for name,pair in pairs.items()}
+    assert max(map(abs, correlations.values())) < .013, correlations
+    {name: round(value, 5) for name,value in correlations.items()}
+
+
+def test_the_order_of_an_epoch():
     test_eq(epoch_order(5, 42, 0), epoch_order(5, 42, 0))
     test_eq(sorted(epoch_order(5, 42, 1)), range(5))
     assert (epoch_order(100, 42, 0) != epoch_order(100, 42, 1)).any()

@@ -13,7 +13,8 @@ from marsclr.engine.learner import unwrap_model
 from marsclr.engine.packing import Pack
 from marsclr.engine.processes import rank
 from marsclr.engine.runs import open_run, show_progress
-from marsclr.engine.weights import backbone_of, check_savable, describe_init, input_stats, save_encoder
+from marsclr.engine.weights import backbone_of, check_savable, describe_init, input_stats
+from marsclr.engine.weights import save_encoder
 import pandas as pd
 from fastcore.test import *
 from marsclr.engine.run_config import *

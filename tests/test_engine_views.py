@@ -3,16 +3,18 @@
 import math
 from dataclasses import dataclass
 from functools import cache
+from importlib.util import find_spec
 import numpy as np, torch
 from fastai.vision.core import imagenet_stats
 from numba import njit
 from marsclr.engine.files import MarsclrError
-from marsclr.engine.randomness import addressed_uniform
+from marsclr.engine.randomness import uniform_at
 import matplotlib.pyplot as plt, pandas as pd, time
 import torchvision.transforms as T
 import torchvision.transforms.v2.functional as TF
 from fastcore.test import *
 from marsclr.archives.marsyard import marsyard
+from marsclr.engine.randomness import addressed_uniform
 from marsclr.engine.views import *
 
 
@@ -109,6 +111,13 @@ def test_a_batch_of_views():
     whole_batch,alone = views(images[:8], ids[:8], 42, 0, 0), views(images[5:6], ids[5:6], 42, 0, 0)
     test_close(whole_batch[5:6], alone, eps=1e-5)
     assert (views(images[5:6], ids[5:6], 42, 1, 0) - alone).abs().mean() > .1
+
+    both = views.two(images[:8], ids[:8], 42, 0)
+    test_eq(both[:8], whole_batch)
+    test_eq(both[8:], views(images[:8], ids[:8], 42, 0, 1))
+
+    parameters = views.parameters(ids[:8], 96, [(42, 0, 0), (42, 0, 1)])
+    test_close(draw_by_matrix(images[:8], parameters, 64), both, eps=1e-4)
 
     old = torch.full((8, 3, 64, 64), torch.nan)
     assert views(images[:8], ids[:8], 42, 0, 0, out=old) is old

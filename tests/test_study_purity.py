@@ -21,22 +21,33 @@ from marsclr.study.purity import *
 def test_three_ways_to_spoil_classes():
     labels = np.repeat(np.arange(10), 40)
     ways = [('wrong', 0), ('wrong', .2), ('wrong', 1), ('cut', 4), ('merged', 2)]
-    table = pd.DataFrame([dict(how=how, amount=amount, clusters=len(set(spoil_classes(labels, how, amount))),
-                               **pair_quality(spoil_classes(labels, how, amount), labels)) for how,amount in ways])
-    table = table.set_index(['how', 'amount'])[['clusters', 'purity', 'caught']].rename(columns=dict(caught='recall'))
+    rows = {}
+    for how,amount in ways:
+        ids = spoil_classes(labels, how, amount)
+        pairs = pair_quality(ids, labels)
+        rows[how,amount] = dict(clusters=len(set(ids)), purity=pairs['purity'], recall=pairs['caught'])
+    table = pd.DataFrame(rows).T
+    table.round(3)
+
     test_eq(table.loc['wrong', 0].tolist(), [10, 1, 1])
     test_eq(table.loc['cut', 4].purity, 1)
     test_eq(table.loc['merged', 2].recall, 1)
     test_close(table.loc['wrong', 1].purity, 39/399, eps=.02)
     test_close(table.loc['merged', 2].purity, 39/79, eps=1e-9)
     with expect_fail(MarsclrError, "'mixed' is no way"): spoil_classes(labels, 'mixed', 2)
-    table.round(3)
 
 
 def test_a_point_of_the_curve():
+    global tmp
+    cells = purity_cells(dict(ways=[('wrong', 0), ('cut', 2)], seeds=[1, 2]))
+    test_eq(len(cells), 2*(2 + 2*2))
+    test_eq(cells[0], dict(seed=1, method='eq. 1', how='', amount=0))
+    pd.DataFrame(cells[:6])
+
     tmp = Path(tempfile.mkdtemp())
     tiny = dict(backbone='resnet10t', image_size=32, epochs=1, batch_size=16, warmup=2, device='cpu')
-    settings = dict(images=64, labeled=72, classes=4, yard=dict(size=32, homogeneity=.3), pretrain=tiny, ways=[('wrong', 0), ('merged', 2)], seeds=[42])
+    settings = dict(images=64, labeled=72, classes=4, yard=dict(size=32, homogeneity=.3), pretrain=tiny,
+                    ways=[('wrong', 0), ('merged', 2)], seeds=[42])
     with capture_output() as out: curve = purity_curve(tmp, settings)
     test_eq(len(curve), 2 + 2*2)
     test_eq(out.stdout.count('seed 42:'), 6)
@@ -50,5 +61,27 @@ def test_what_it_says():
     line = pd.DataFrame(dict(method='cluster-aware', how='wrong', purity=[.2, .6, 1], gain=[-6, -2, 2]))
     test_close(break_even(line), .8)
     assert np.isnan(break_even(line.assign(gain=1)))
-    by_hand = pd.DataFrame(dict(seed=[1, 1, 2, 2], method=['DCL', 'cluster-aware']*2, how=['', 'wrong']*2, amount=0, purity=1., recall=1., accuracy=[.5, .6, .5, .7]))
+    by_hand = pd.DataFrame(dict(seed=[1, 1, 2, 2], method=['DCL', 'cluster-aware']*2,
+                                how=['', 'wrong']*2, amount=0, purity=1., recall=1.,
+                                accuracy=[.5, .6, .5, .7]))
     test_close(gains_over_dcl(by_hand)[['gain', 'sd']].iloc[0], [15, 50**.5], eps=1e-6)
+
+
+def test_the_whole_curve():
+    whole_curve = pd.read_csv('../results/purity-marsyard.csv')
+    test_eq(whole_curve.seed.nunique(), 3)
+    purity_figure(whole_curve);
+
+    gains = gains_over_dcl(whole_curve)
+    aware = gains[gains.method == 'cluster-aware'].set_index(['how', 'amount'])
+    for way in (('wrong', 0), ('merged', 2), ('wrong', 1)):
+        purity,gain,sd = aware.loc[way, ['purity', 'gain', 'sd']]
+        print(f'{way[0]} {way[1]:g}: purity {purity:.2f}, gain {gain:+.1f} ± {sd:.1f} points')
+    assert aware.gain['wrong', 0] > 2*aware.sd['wrong', 0]
+    assert aware.gain['wrong', 1] < 0 < aware.gain['merged', 2]
+
+    of_seeds = [break_even(gains_over_dcl(t)) for _,t in whole_curve.groupby('seed')]
+    crossing = f'the mean gain crosses zero at a purity of {break_even(gains):.2f}'
+    print(crossing + '; seed by seed:', *(f'{purity:.2f}' for purity in of_seeds))
+
+    shutil.rmtree(tmp)

@@ -24,7 +24,7 @@ from .randomness import epoch_order
 
 # %% ../../nbs/engine/learner.ipynb #eb9c1bed
 class PackLoader(DistributedDL):
-    "An epoch's batches as a pure function of (seed, epoch); each process gets its part of every one"
+    "An epoch's batches as a pure function of (seed, epoch); each process gets its part of each"
     def __init__(self,
         pack:Pack,   # what to read
         bs:int,      # images in a batch, over all processes

@@ -21,7 +21,8 @@ from .learner import unwrap_model
 from .packing import Pack
 from .processes import rank
 from .runs import open_run, show_progress
-from .weights import backbone_of, check_savable, describe_init, input_stats, save_encoder
+from .weights import backbone_of, check_savable, describe_init, input_stats
+from .weights import save_encoder
 
 # %% ../../nbs/engine/run_config.ipynb #367617e8
 choices = dict(optimizer=('adam', 'adamw'), schedule=('constant', 'cosine'),

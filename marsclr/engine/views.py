@@ -5,35 +5,38 @@
 # %% auto #0
 __all__ = ['grey_weights', 'draw_crops', 'triangle_weights', 'resample_by_matrix', 'constant', 'hue_rotation', 'jitter_matrices',
            'compiled', 'triangle_taps', 'shares', 'add', 'mean_colours', 'draw_views', 'resample_by_kernel', 'resample',
-           'limits', 'normalising', 'normalise', 'denormalise', 'Views', 'resized_views']
+           'limits', 'normalising', 'normalise', 'denormalise', 'ViewParameters', 'colour_maps', 'draw_by_matrix',
+           'draw_by_loops', 'kernel_runs', 'draw_by_fastest', 'Views', 'resized_views']
 
 # %% ../../nbs/engine/views.ipynb #d87ca2d6
 import math
 from dataclasses import dataclass
 from functools import cache
+from importlib.util import find_spec
 
 import numpy as np, torch
 from fastai.vision.core import imagenet_stats
 from numba import njit
 from .files import MarsclrError
-from .randomness import addressed_uniform
+from .randomness import uniform_at
 
 # %% ../../nbs/engine/views.ipynb #8f41c51b
 def draw_crops(
-    u:torch.Tensor,        # (B, 22) uniform numbers: ten areas, ten aspect ratios, two for the position
+    u:torch.Tensor,        # (N, 22) uniform numbers: ten areas, ten aspect ratios, two for the position
     n:int,                 # side of the square images, pixels
     scale=(.08, 1.),       # share of the area
     ratio=(3/4, 4/3),      # width / height
-) -> torch.Tensor: # (B, 4) int64: top, left, height, width
+) -> torch.Tensor: # (N, 4) int64: top, left, height, width
     "Boxes as torchvision's `RandomResizedCrop` draws them"
     area = (scale[0] + u[:,:10]*(scale[1]-scale[0]))*n*n
     aspect = torch.exp(math.log(ratio[0]) + u[:,10:20]*math.log(ratio[1]/ratio[0]))
-    w,h = (area*aspect).sqrt().round().long(), (area/aspect).sqrt().round().long()
-    fits = (w > 0) & (w <= n) & (h > 0) & (h <= n)
+    sides = torch.stack([area/aspect, area*aspect]).sqrt().round().long()
+    fits = ((sides > 0) & (sides <= n)).all(0)
     first = fits.int().argmax(1, keepdim=True)
-    h,w = (torch.where(fits.any(1), o.gather(1, first)[:,0], n) for o in (h, w))
-    top,left = (u[:,20]*(n-h+1)).long(), (u[:,21]*(n-w+1)).long()
-    return torch.stack([top, left, h, w], 1)
+    sides = sides.gather(2, first.expand(2, -1, 1))[:,:,0]
+    sides = torch.where(fits.any(1), sides, n)
+    corner = (u[:,20:22].T*(n - sides + 1)).long()
+    return torch.cat([corner, sides]).T.contiguous()
 
 # %% ../../nbs/engine/views.ipynb #879fe853
 def triangle_weights(
@@ -149,15 +152,15 @@ def add(total, weight, x):
 @compiled
 def mean_colours(
     images, # (B, S, S, 3) uint8
-    boxes,  # (B, 4) top, left, height, width
+    boxes,  # (N, 4) top, left, height, width; view i is of image i % B
     size,   # side of the views
-): # (B, 3) float32 in [0, 255]
+): # (N, 3) float32 in [0, 255]
     "Of views that are not yet made"
     n,S = images.shape[:2]
-    lines,means = images.reshape(n, S, 3*S),np.empty((n, 3), np.float32)
+    lines,means = images.reshape(n, S, 3*S),np.empty((len(boxes), 3), np.float32)
     for b,(top,left,h,w) in enumerate(boxes):
         rows,columns,line = shares(h, size),shares(w, size),np.zeros(3*w, np.float32)
-        for y in range(h): add(line, rows[y], lines[b,top+y,3*left:])
+        for y in range(h): add(line, rows[y], lines[b % n,top+y,3*left:])
         for c in range(3): means[b,c] = (columns*line[c::3]).sum()
     return means
 
@@ -165,12 +168,12 @@ def mean_colours(
 @compiled
 def draw_views(
     images,     # (B, S, S, 3) uint8
-    boxes,      # (B, 4) top, left, height, width
-    flips,      # (B,) bool
-    colours,    # (B, 3, 4) map of colours in [0, 255]
+    boxes,      # (N, 4) top, left, height, width; view i is of image i % B
+    flips,      # (N,) bool
+    colours,    # (N, 3, 4) map of colours in [0, 255]
     low,        # (3,) float32: the result is clipped
     high,       # (3,) float32: between them
-    out,        # (B, 3, size, size) float32, is written
+    out,        # (N, 3, size, size) float32, is written
 ):
     "Crop, resize, flip, map colours and clip"
     n,S,size = *images.shape[:2],out.shape[-1]
@@ -182,7 +185,7 @@ def draw_views(
         for y in range(size):
             line[:],rgb[:] = 0,0
             for k in range(len(rows)):
-                if rows[k,y]: add(line[:3*w], rows[k,y], lines[b,top+row[y]+k,3*left:])
+                if rows[k,y]: add(line[:3*w], rows[k,y], lines[b % n,top+row[y]+k,3*left:])
             for k in range(len(columns)):
                 pixels = line[3*k:]
                 for x in range(size):
@@ -193,18 +196,17 @@ def draw_views(
 # %% ../../nbs/engine/views.ipynb #f2ce9a6a
 def resample_by_kernel(
     images:torch.Tensor, # (B, S, S, 3) uint8, on the CPU
-    boxes:torch.Tensor,  # (B, 4) top, left, height, width
-    flip:torch.Tensor,   # (B,) bool
+    boxes:torch.Tensor,  # (N, 4) top, left, height, width; view i is of image i % B
+    flip:torch.Tensor,   # (N,) bool
     size:int,            # side of the views
-    colours=None,        # (B, 3, 4) map of colours in [0, 255]; none by default
+    colours=None,        # (N, 3, 4) map of colours in [0, 255]; none by default
     clip=((0, 0, 0), (255, 255, 255)), # what the result is clipped to
-    out=None,            # (B, 3, size, size) float32, to be written over; new memory by default
-) -> torch.Tensor: # (B, 3, size, size) float32
+    out=None,            # (N, 3, size, size) float32, to be written over; new memory by default
+) -> torch.Tensor: # (N, 3, size, size) float32
     "Crop, resize, flip, and map colours, in one pass"
-    if colours is None: colours = torch.eye(3, 4).expand(len(images), 3, 4)
-    shape = len(images),3,size,size
+    if colours is None: colours = torch.eye(3, 4).expand(len(boxes), 3, 4)
+    shape = len(boxes),3,size,size
     if out is None: out = torch.empty(shape)
-    if out.shape != shape: raise MarsclrError(f'the views to be written over are {tuple(out.shape)}: give memory of {shape}')
     draw_views(*(o.contiguous().numpy() for o in (images, boxes, flip, colours)), *np.float32(clip), out.numpy())
     return out
 
@@ -253,6 +255,81 @@ def denormalise(
     mean,std = (constant(tuple(o), x.device)[:,None,None] for o in stats)
     return (x*std + mean).clamp(0, 1).permute(0, 2, 3, 1)
 
+# %% ../../nbs/engine/views.ipynb #vp000002
+@dataclass
+class ViewParameters:
+    "What was drawn for N views; with B images, view i is of image i % B"
+    boxes:torch.Tensor    # (N, 4) int64: top, left, height, width
+    flips:torch.Tensor    # (N,) bool
+    factors:torch.Tensor  # (N, 4) float32: brightness, contrast, saturation; hue shift in turns
+    orders:torch.Tensor   # (N, 4) int64: which of these four comes first, second, ...
+    jittered:torch.Tensor # (N,) bool: do the factors count at all?
+    greyed:torch.Tensor   # (N,) bool: are the colours dropped?
+
+def colour_maps(
+    mean:torch.Tensor,         # (N, 3) mean colour of each view in [0, 1]
+    parameters:ViewParameters, # of N views
+) -> torch.Tensor: # (N, 3, 4) map of colours in [0, 1]
+    "The affine map of colours of each view"
+    device = mean.device
+    maps = jitter_matrices(mean, parameters.factors, parameters.orders)
+    maps = torch.where(parameters.jittered[:,None,None], maps, torch.eye(3, 4, device=device))
+    grey = (constant(grey_weights, device) @ maps)[:,None].expand_as(maps)
+    return torch.where(parameters.greyed[:,None,None], grey, maps)
+
+# %% ../../nbs/engine/views.ipynb #vp000003
+def draw_by_matrix(
+    images:torch.Tensor,       # (B, S, S, 3) uint8
+    parameters:ViewParameters, # of N views; N is a multiple of B
+    size:int,                  # side of the views, pixels
+    stats=imagenet_stats,      # as in `limits`
+    out=None,                  # (N, 3, size, size) float32, to be written over; new memory by default
+) -> torch.Tensor: # (N, 3, size, size) float32, normalised
+    "Views by torch's operations, on any device"
+    images = images.repeat(len(parameters.boxes)//len(images), 1, 1, 1)
+    x = resample_by_matrix(images, parameters.boxes, parameters.flips, size)
+    return normalise(x, colour_maps(x.mean((2, 3))/255, parameters), out, stats)
+
+def draw_by_loops(
+    images:torch.Tensor,       # (B, S, S, 3) uint8, on the CPU
+    parameters:ViewParameters, # of N views; N is a multiple of B
+    size:int,                  # side of the views, pixels
+    stats=imagenet_stats,      # as in `limits`
+    out=None,                  # (N, 3, size, size) float32, to be written over; new memory by default
+) -> torch.Tensor: # (N, 3, size, size) float32, normalised
+    "Views by compiled loops, on the CPU"
+    boxes = parameters.boxes
+    mean = torch.from_numpy(mean_colours(images.contiguous().numpy(), boxes.numpy(), size))/255
+    colours = normalising(colour_maps(mean, parameters), stats)
+    return resample_by_kernel(images, boxes, parameters.flips, size, colours, limits(stats), out)
+
+# %% ../../nbs/engine/views.ipynb #vp000005
+@cache
+def kernel_runs(
+    device:torch.device,
+) -> bool:
+    "Can `view_kernel` be used on this device?"
+    if device.type != 'cuda' or not find_spec('triton'): return False
+    from marsclr.engine.view_kernel import draw_by_kernel
+    pixel = torch.zeros(1, 1, 1, 3, dtype=torch.uint8, device=device)
+    parameters = Views(1).parameters(torch.zeros(1, dtype=torch.int64, device=device), 1, [(0,)])
+    try: draw_by_kernel(pixel, parameters, 1, imagenet_stats)
+    except Exception: return False  # no compiler, too old a GPU, ...: the matrices do it
+    return True
+
+def draw_by_fastest(
+    images:torch.Tensor,       # (B, S, S, 3) uint8
+    parameters:ViewParameters, # of N views; N is a multiple of B
+    size:int,                  # side of the views, pixels
+    stats=imagenet_stats,      # as in `limits`
+    out=None,                  # (N, 3, size, size) float32, to be written over; new memory by default
+) -> torch.Tensor: # (N, 3, size, size) float32, normalised
+    "Views by what is fastest on the images' device"
+    if images.device.type == 'cpu': return draw_by_loops(images, parameters, size, stats, out)
+    if not kernel_runs(images.device): return draw_by_matrix(images, parameters, size, stats, out)
+    from marsclr.engine.view_kernel import draw_by_kernel
+    return draw_by_kernel(images, parameters, size, stats, out)
+
 # %% ../../nbs/engine/views.ipynb #c9f1cacc
 @dataclass
 class Views:
@@ -278,25 +355,36 @@ class Views:
         out=None,            # (B, 3, size, size) float32, to be written over; new memory by default
     ) -> torch.Tensor: # (B, 3, size, size) float32, normalised
         "One view of each image"
-        u = addressed_uniform(ids, 33, *address)
-        boxes,flip = draw_crops(u, images.shape[1], self.scale),u[:,22] < self.flip
-        if images.device.type == 'cpu':
-            mean = torch.from_numpy(mean_colours(images.contiguous().numpy(), boxes.numpy(), self.size))/255
-            colours = normalising(self.colour(mean, u[:,23:]), self.stats)
-            return resample_by_kernel(images, boxes, flip, self.size, colours, limits(self.stats), out)
-        x = resample_by_matrix(images, boxes, flip, self.size)
-        return normalise(x, self.colour(x.mean((2, 3))/255, u[:,23:]), out, self.stats)
+        return self.draw(images, ids, [address], out)
 
-    def colour(self,
-        mean:torch.Tensor, # (B, 3) mean colour in [0, 1]
-        u:torch.Tensor,    # (B, 10) uniform numbers
-    ) -> torch.Tensor: # (B, 3, 4)
-        "The affine map of colours of each view"
+    def two(self,
+        images:torch.Tensor, # (B, S, S, 3) uint8
+        ids:torch.Tensor,    # (B,) int64 image ids, on the same device
+        *address:int,        # seed, epoch
+        out=None,            # (2B, 3, size, size) float32, to be written over; new memory by default
+    ) -> torch.Tensor: # (2B, 3, size, size) float32, normalised: view 0 of every image, then view 1
+        "Two views of each image, with little more work for the program than one"
+        return self.draw(images, ids, [(*address, 0), (*address, 1)], out)
+
+    def draw(self, images, ids, addresses, out=None):
+        "A view of each image for each address, one address after the other"
+        parameters = self.parameters(ids, images.shape[1], addresses)
+        shape = len(parameters.boxes), 3, self.size, self.size
+        if out is not None and out.shape != shape:
+            raise MarsclrError(f'the views to be written over are {tuple(out.shape)}: give memory of {shape}')
+        return draw_by_fastest(images, parameters, self.size, self.stats, out)
+
+    def parameters(self,
+        ids:torch.Tensor, # (B,) int64 image ids
+        width:int,        # side of the images, pixels
+        addresses:list,   # (seed, epoch, view) of each view
+    ) -> ViewParameters: # of len(addresses)*B views, one address after the other
+        "Draw what makes the views"
+        u = uniform_at(ids, 33, addresses)
         spread = self.strength*constant((.8, .8, .8, .2), u.device)
-        factors = constant((1., 1, 1, 0), u.device) + (2*u[:,:4]-1)*spread
-        M = jitter_matrices(mean, factors, u[:,4:8].argsort(1))
-        M = torch.where((u[:,8] < self.jitter)[:,None,None], M, torch.eye(3, 4, device=u.device))
-        return torch.where((u[:,9] < self.grey)[:,None,None], (constant(grey_weights, u.device) @ M)[:,None].expand_as(M), M)
+        factors = constant((1., 1, 1, 0), u.device) + (2*u[:,23:27]-1)*spread
+        return ViewParameters(draw_crops(u, width, self.scale), u[:,22] < self.flip, factors,
+                              u[:,27:31].argsort(1), u[:,31] < self.jitter, u[:,32] < self.grey)
 
 # %% ../../nbs/engine/views.ipynb #8a029fb6
 def resized_views(

@@ -6,19 +6,27 @@
 __all__ = ['source_features', 'study_rows', 'cluster_table', 'with_spread', 'trade_figure', 'k_rule']
 
 # %% ../../nbs/study/cluster_study.ipynb #722b2d06
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import pandas as pd, torch, torch.nn.functional as F
 from matplotlib import pyplot as plt
 from ..clustering import cluster_row, silhouette, stability
-from ..engine.clusters import Clusters, capture_clusters, kmeans, pixel_features, pool_groups, whiten
+from ..engine.clusters import (Clusters, capture_clusters, kmeans, pixel_features,
+                                     pool_groups, whiten)
 from ..engine.files import append_rows
 from ..engine.encoders import create_encoder, encode, load_encoder
 from ..engine.packing import Pack
 from ..texture import load_texture
 
 # %% ../../nbs/study/cluster_study.ipynb #61bd66eb
+def _unit(x): return F.normalize(x.float(), dim=1)
+
+def _random_encoder(trained, seed):
+    "An encoder of the same architecture, with random weights"
+    torch.manual_seed(seed)
+    return create_encoder(trained().default_cfg['architecture'])
+
 def source_features(
     pack:Pack,  # to be clustered
     seed:int,   # of random weights
@@ -28,16 +36,16 @@ def source_features(
 ) -> dict: # by source: a function that gives (N, D) float32, of length one
     "What each source of clusters sees of a pack"
     trained = cache(lambda: load_encoder(eq1))
-    def random():
-        torch.manual_seed(seed)
-        return create_encoder(trained().default_cfg['architecture'])
-    f = {'pixels': lambda: pixel_features(pack), 'random encoder': lambda: encode(random(), pack), 'eq. 1 features': lambda: encode(trained(), pack),
-         'texture': lambda: whiten(encode(load_texture(texture), pack, texture_size))}
-    f = {name: cache(lambda o=o: F.normalize(o().float(), dim=1)) for name,o in f.items()}
-    f['eq. 1 features, whitened'] = lambda: whiten(f['eq. 1 features']())
+    pixels = cache(lambda: _unit(pixel_features(pack)))
+    random = cache(lambda: _unit(encode(_random_encoder(trained, seed), pack)))
+    learned = cache(lambda: _unit(encode(trained(), pack)))
+    patterns = cache(lambda: _unit(whiten(encode(load_texture(texture), pack, texture_size))))
     bursts = capture_clusters(pack).ids
-    def pooled(o): return lambda: F.normalize(pool_groups(f[o](), bursts), dim=1)
-    return f | {f'{o} + capture': pooled(o) for o in ('pixels', 'eq. 1 features', 'texture')}
+    def pooled(features): return _unit(pool_groups(features(), bursts))
+    plain = {'pixels': pixels, 'random encoder': random, 'eq. 1 features': learned,
+             'texture': patterns, 'eq. 1 features, whitened': lambda: whiten(learned())}
+    with_capture = {name: plain[name] for name in ('pixels', 'eq. 1 features', 'texture')}
+    return plain | {f'{name} + capture': partial(pooled, x) for name,x in with_capture.items()}
 
 # %% ../../nbs/study/cluster_study.ipynb #16943ab5
 def study_rows(
@@ -50,12 +58,14 @@ def study_rows(
 ) -> list: # of dicts
     "All that can be said of one source on one pack"
     rows = []
-    for k in [k for k in ks if k < len(pack)]:
-        runs = [kmeans(x.numpy(), k, s) for x,s in zip(features, seeds)]
+    for k in ks:
+        if k >= len(pack): continue
+        runs = [kmeans(x.numpy(), k, seed) for x,seed in zip(features, seeds)]
         same = stability([ids for ids,_ in runs]) if len(runs) > 1 else float('nan')
-        for x,s,(ids,d) in zip(features, seeds, runs):
-            c = Clusters(ids, d, source, pack.fingerprint)
-            rows.append(dict(pack=name, source=source, k=k, seed=s, **cluster_row(c, pack), silhouette=silhouette(x, ids), stability=same))
+        for x,seed,(ids,distances) in zip(features, seeds, runs):
+            clusters = Clusters(ids, distances, source, pack.fingerprint)
+            row = dict(pack=name, source=source, k=k, seed=seed, **cluster_row(clusters, pack))
+            rows.append(row | dict(silhouette=silhouette(x, ids), stability=same))
     return rows
 
 def cluster_table(
@@ -69,9 +79,12 @@ def cluster_table(
     there = set(pd.read_csv(path).pack) if path.exists() else ()
     for name,pack in packs.items():
         if name in there: continue
-        by_seed = [features(pack, s) for s in seeds]
-        rows = [dict(pack=name, source='capture', k=0, seed=seeds[0], **cluster_row(capture_clusters(pack), pack))]
-        for source in by_seed[0]: rows += study_rows(pack, name, source, [f[source]() for f in by_seed], ks, seeds)
+        capture = cluster_row(capture_clusters(pack), pack)
+        rows = [dict(pack=name, source='capture', k=0, seed=seeds[0], **capture)]
+        by_seed = [features(pack, seed) for seed in seeds]
+        for source in by_seed[0]:
+            of_seeds = [sources[source]() for sources in by_seed]
+            rows += study_rows(pack, name, source, of_seeds, ks, seeds)
         append_rows(path, rows)
         print(f'{name}: {len(rows)} rows', flush=True)
     return pd.read_csv(path)
@@ -83,38 +96,48 @@ def with_spread(
     columns,            # shares in [0, 1]
 ) -> pd.DataFrame: # text
     "Mean and standard deviation over seeds, in %; the mean alone where there is one seed"
-    g = table.groupby(by, sort=False)[columns]
-    mean,sd = ((o*100).round(1) for o in (g.mean(), g.std()))
-    return (mean.astype(str) + ' ± ' + sd.astype(str)).where(sd.notna(), mean.astype(str))
+    by_case = table.groupby(by, sort=False)[columns]
+    mean = (by_case.mean()*100).round(1)
+    sd = (by_case.std()*100).round(1)
+    both = mean.astype(str) + ' ± ' + sd.astype(str)
+    return both.where(sd.notna(), mean.astype(str))
 
 # %% ../../nbs/study/cluster_study.ipynb #d6455570
+def _trade_panel(ax, t, name):
+    for source in dict.fromkeys(t.source):
+        mean = t[t.source == source].groupby('k')[['caught', 'swallowed']].mean()*100
+        ax.plot(mean.swallowed, mean.caught, marker='.', label=source)
+    ax.plot([0, 100], [0, 100], ls=':', color='grey')
+    ax.set_title(f'{name}, K = {t.k.max()} (left) to {t.k.min()} (right)', size=9)
+    ax.set(xlabel='true negatives swallowed, %', xlim=(-1, 50))
+
 def trade_figure(
     table:pd.DataFrame, # what `cluster_table` made
 ):
-    "Share of false negatives caught against share of true negatives swallowed, a curve a source, a point a number of clusters"
+    "False negatives caught against true negatives swallowed: a curve a source, a point a K"
     names = list(dict.fromkeys(table.pack))
-    fig,axs = plt.subplots(1, len(names), figsize=(2.2+3*len(names), 3), dpi=80, sharey=True, squeeze=False, layout='constrained')
-    for ax,name in zip(axs[0], names):
-        t = table[(table.pack == name) & (table.source != 'capture')]
-        for source in dict.fromkeys(t.source):
-            m = t[t.source == source].groupby('k')[['caught', 'swallowed']].mean()*100
-            ax.plot(m.swallowed, m.caught, marker='.', label=source)
-        ax.plot([0, 100], [0, 100], ls=':', color='grey')
-        ax.set(title=f'{name}, K = {t.k.max()} (left) to {t.k.min()} (right)', xlabel='true negatives swallowed, %', xlim=(-1, 50))
-        ax.title.set_size(9)
+    fig,axs = plt.subplots(1, len(names), figsize=(2.2+3*len(names), 3), dpi=80, sharey=True,
+                           squeeze=False, layout='constrained')
+    clustered = table[table.source != 'capture']
+    for ax,name in zip(axs[0], names): _trade_panel(ax, clustered[clustered.pack == name], name)
     axs[0,0].set(ylabel='false negatives caught, %', ylim=(-2, 100))
     fig.legend(*axs[0,0].get_legend_handles_labels(), fontsize=7, loc='outside right upper')
     return fig
 
 # %% ../../nbs/study/cluster_study.ipynb #260685da
+def _picked_and_best(g):
+    picked = g.loc[g.stability.idxmax()]
+    best = g.loc[g.gain.idxmax()]
+    return pd.Series(dict(picked=int(picked.k), stability=picked.stability, gain=picked.gain,
+                          best=int(best.k), best_gain=best.gain))
+
 def k_rule(
     table:pd.DataFrame, # what `cluster_table` made
 ) -> pd.DataFrame: # a row a pack and source
-    "The K with the largest stability over seeds, and what that costs against the best K, in caught - swallowed"
-    t = table[table.k >= 3].copy()
-    t['gain'] = t.caught - t.swallowed
-    m = t.groupby(['pack', 'source', 'k'])[['stability', 'gain']].mean().reset_index()
-    def row(g):
-        picked,best = g.loc[g.stability.idxmax()],g.loc[g.gain.idxmax()]
-        return pd.Series(dict(picked=int(picked.k), stability=picked.stability, gain=picked.gain, best=int(best.k), best_gain=best.gain))
-    return pd.DataFrame({key: row(g) for key,g in m.groupby(['pack', 'source'])}).T.rename_axis(['pack', 'source']).astype({'picked': int, 'best': int})
+    "The K that the seeds agree on most, and the best K, with what each gains in caught - swallowed"
+    clustered = table[table.k >= 3].copy()
+    clustered['gain'] = clustered.caught - clustered.swallowed
+    mean = clustered.groupby(['pack', 'source', 'k'])[['stability', 'gain']].mean().reset_index()
+    rows = {case: _picked_and_best(g) for case,g in mean.groupby(['pack', 'source'])}
+    wide = pd.DataFrame(rows).T.rename_axis(['pack', 'source'])
+    return wide.astype({'picked': int, 'best': int})

@@ -1,0 +1,200 @@
+"""Build the site from the notebooks, and look at it.
+
+    python .ci/site.py build             # as nbdev_docs does; with Quarto where it is, else with smalldocs; into _proc/_docs
+    python .ci/site.py look CHROMIUM     # open pages in a browser (needs playwright); screenshots land in _proc/screenshots
+
+Building fails on a cell that mixes imports with other code (nbdev runs such cells alone) and on a link that leads nowhere. Looking fails on
+a formula that is not drawn, on code or a page that is cut at the right, and on a figure without alternative text on a page of DESCRIBED.
+"""
+import ast
+import configparser
+import functools
+import http.server
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import nbformat
+
+from notebook_tests import code, code_cells
+
+ROOT = Path(__file__).resolve().parent.parent
+SITE = ROOT/'_proc'/'_docs'
+PAGES = ['index', '01_datasets', '03_losses', '04_training', '12_reproduction']
+DESCRIBED = ['index']  # pages whose figures all have alternative text (`#| fig-alt: ...` in the cell that draws)
+WIDTHS = [1280, 400]  # CSS pixels: a laptop, a telephone
+IMPORTS = (ast.Import, ast.ImportFrom)
+
+
+# --- building
+
+def mixed_cells():
+    "Cells that import and do something else; strings that are written to files do not count"
+    for path in sorted((ROOT/'nbs').rglob('*.ipynb')):
+        if path.name.startswith('.') or '.ipynb_checkpoints' in path.parts: continue
+        for cell in code_cells(nbformat.read(path, 4)):
+            body = ast.parse(code(cell)).body
+            imports = [isinstance(statement, IMPORTS) for statement in body]
+            if any(imports) and not all(imports):
+                yield f'{path.relative_to(ROOT)}: a cell mixes imports with other code: {cell.source[:60]!r}'
+
+
+def without_a_place():
+    "Notebooks that the sidebar does not name"
+    sidebar = (ROOT/'_quarto.yml').read_text(encoding='utf-8')
+    for path in sorted((ROOT/'nbs').rglob('[!.]*.ipynb')):
+        name = path.relative_to(ROOT/'nbs').as_posix()
+        if '.ipynb_checkpoints' not in path.parts and f'- {name}\n' not in sidebar: yield f'nbs/{name} is not in the sidebar of _quarto.yml'
+
+
+def run(command, **env):
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, **env}, capture_output=True, text=True)
+    if done.returncode: sys.exit(f'{command[0]} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}')
+
+
+def link_to_repository():
+    "In the processed notebooks, links to the repository's other files, which the site does not hold, become addresses of the repository"
+    config = configparser.ConfigParser()
+    config.read(ROOT/'settings.ini', encoding='utf-8')
+    home = config['DEFAULT']['git_url'] + '/blob/' + config['DEFAULT']['branch']
+    for path in (ROOT/'_proc').rglob('*.ipynb'):
+        folder = (ROOT/'nbs'/path.relative_to(ROOT/'_proc')).parent
+
+        def moved(match):
+            target = (folder/match[1]).resolve()
+            outside = target.is_relative_to(ROOT) and not target.is_relative_to(ROOT/'nbs')
+            return f']({home}/{target.relative_to(ROOT)})' if outside and target.exists() else match[0]
+
+        path.write_text(re.sub(r'\]\((\.\./[^)\s#]*)\)', moved, path.read_text(encoding='utf-8')), encoding='utf-8')
+
+
+def build():
+    "Write the site into SITE; the stand-in server that some notebooks import lies in tests/"
+    shutil.rmtree(ROOT/'_proc', ignore_errors=True)
+    process = 'from nbdev.serve import proc_nbs; proc_nbs()'
+    run([sys.executable, '-c', process], PYTHONPATH=os.pathsep.join([str(ROOT/'tests'), os.environ.get('PYTHONPATH', '')]))
+    link_to_repository()
+    run([shutil.which('quarto') or 'smalldocs', 'render', '_proc'])
+
+
+class Links(HTMLParser):
+    "The addresses that a page names, and the places in it that others can name"
+    def __init__(self, text):
+        super().__init__()
+        self.addresses, self.places = [], {'', 'top'}
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        values = dict(attributes)
+        self.addresses += [values[name] for name in ('href', 'src') if values.get(name)]
+        self.places |= {values[name] for name in ('id', 'name') if values.get(name)}
+
+
+def broken_links():
+    "Links between the pages, and to their files, that lead nowhere"
+    pages = {path: Links(path.read_text(encoding='utf-8')) for path in sorted(SITE.rglob('*.html'))}
+    for path, links in pages.items():
+        for address in dict.fromkeys(links.addresses):
+            url = urlsplit(address)
+            if url.scheme or url.netloc: continue
+            target = (path.parent/unquote(url.path)).resolve() if url.path else path
+            if not target.is_relative_to(SITE) or not target.exists():
+                yield f'{path.relative_to(SITE)}: broken link {address}'
+            elif target in pages and unquote(url.fragment) not in pages[target].places:
+                yield f'{path.relative_to(SITE)}: {address} names a place that is not there'
+
+
+# --- looking
+
+FAULTS = r"""() => {
+    const faults = [], main = document.querySelector('main') || document.body, start = e => e.textContent.trim().slice(0, 60);
+    for (const e of main.querySelectorAll('.math'))
+        if (!e.querySelector('.katex, mjx-container') || e.querySelector('.katex-error, mjx-merror')) faults.push('a formula is not drawn: ' + start(e));
+    for (const e of main.querySelectorAll('p, li, td'))
+        if (!e.querySelector('.math, code') && /\$[^$\s][^$]*\$|\\\(/.test(e.textContent)) faults.push('a formula is not drawn: ' + start(e));
+    for (const e of main.querySelectorAll('pre.sourceCode'))
+        if (e.scrollWidth > e.clientWidth + 1) faults.push('code is cut at the right: ' + start(e));
+    for (const e of main.querySelectorAll('pre, table, img, figure')) {
+        const right = e.getBoundingClientRect().right, box = e.closest('main');
+        let scrolls = false;
+        for (let o = e; o && o !== box; o = o.parentElement) scrolls ||= ['auto', 'scroll'].includes(getComputedStyle(o).overflowX);
+        if (right > box.getBoundingClientRect().right + 1 && !scrolls) faults.push('wider than its column: ' + (start(e) || e.outerHTML.slice(0, 60)));
+    }
+    if (document.scrollingElement.scrollWidth > innerWidth) faults.push('the page is wider than the window');
+    return faults;
+}"""
+UNDESCRIBED = "() => [...document.querySelectorAll('main img, main svg[role=img]')].filter(e => !e.getAttribute('alt')).length"
+
+
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *_): pass
+
+
+def serve():
+    "The address at which the site is served to this machine alone"
+    server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), functools.partial(Quiet, directory=SITE))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    return f'http://127.0.0.1:{server.server_port}/'
+
+
+def katex_from_npm(folder):
+    "KaTeX, in the version that the pages name, for a machine that npm reaches and the pages' own source does not; None if there is none"
+    version = re.search(r'/katex@([\d.]+)/', (SITE/'index.html').read_text(encoding='utf-8'))
+    if not version or not shutil.which('npm'): return None
+    folder.mkdir(parents=True, exist_ok=True)
+    done = subprocess.run(['npm', 'pack', '--silent', f'katex@{version[1]}'], cwd=folder, capture_output=True, text=True)
+    if done.returncode: return None
+    shutil.unpack_archive(folder/f'katex-{version[1]}.tgz', folder)
+    return folder/'package'/'dist'
+
+
+def look(chromium):
+    "Faults of PAGES in each width of WIDTHS; a screenshot of each"
+    from playwright.sync_api import sync_playwright
+    home, shots = serve(), ROOT/'_proc'/'screenshots'
+    shots.mkdir(exist_ok=True)
+    katex = katex_from_npm(ROOT/'_proc'/'katex')
+    if not katex: print('KaTeX comes from the network, or formulas count as not drawn')
+
+    def answer(route):
+        file = katex and '/katex@' in route.request.url and katex/urlsplit(route.request.url).path.split('/dist/')[1]
+        if file and file.is_file(): route.fulfill(path=file)
+        elif route.request.url.startswith(home) or not katex: route.continue_()
+        else: route.abort()  # fonts and the like, from elsewhere
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=['--no-sandbox', '--disable-gpu', '--disable-background-networking'])
+        for width in WIDTHS:
+            tab = browser.new_page(viewport=dict(width=width, height=900))
+            tab.route('**/*', answer)
+            for page in PAGES:
+                tab.goto(f'{home}{page}.html')
+                tab.wait_for_load_state('networkidle')
+                yield from (f'{page} at {width} px: {fault}' for fault in tab.evaluate(FAULTS))
+                bare = tab.evaluate(UNDESCRIBED)
+                if bare and page in DESCRIBED: yield f'{page}: {bare} figures without alternative text'
+                elif bare and width == WIDTHS[0]: print(f'{page}: {bare} figures have no alternative text yet')
+                tab.screenshot(path=shots/f'{page}-{width}.png', full_page=True)
+        browser.close()
+
+
+def report(faults, done):
+    faults = list(dict.fromkeys(faults))
+    if faults: sys.exit('\n'.join(faults))
+    print(done)
+
+
+if __name__ == '__main__':
+    if sys.argv[1:] == ['build']:
+        report([*mixed_cells(), *without_a_place()], 'no cell mixes imports with other code, and the sidebar names every notebook')
+        build()
+        report(broken_links(), f'{len(list(SITE.rglob("*.html")))} pages, no broken link')
+    elif len(sys.argv) == 3 and sys.argv[1] == 'look':
+        report(look(sys.argv[2]), f'{len(PAGES)} pages looked at, {" and ".join(map(str, WIDTHS))} px wide')
+    else: sys.exit(__doc__)
