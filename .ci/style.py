@@ -42,7 +42,6 @@ NOT_YET = (
     'nbs/engine/commands.ipynb',
     'nbs/engine/files.ipynb',
     'nbs/engine/labels.ipynb',
-    'nbs/engine/logistic.ipynb',
     'nbs/engine/pack_writer.ipynb',
     'nbs/engine/packing.ipynb',
     'nbs/engine/pixels.ipynb',
@@ -53,20 +52,10 @@ NOT_YET = (
     'nbs/engine/view_kernel.ipynb',
     'nbs/engine/views.ipynb',
     'nbs/index.ipynb',
-    'nbs/study/ablations.ipynb',
     'nbs/study/beyond.ipynb',
     'nbs/study/chain.ipynb',
-    'nbs/study/clusters_on_mars.ipynb',
-    'nbs/study/cost.ipynb',
-    'nbs/study/cross_validation.ipynb',
-    'nbs/study/figure3.ipynb',
-    'nbs/study/figure4.ipynb',
-    'nbs/study/figure5.ipynb',
-    'nbs/study/figure8.ipynb',
     'nbs/study/grid.ipynb',
     'nbs/study/methods.ipynb',
-    'nbs/study/table2.ipynb',
-    'nbs/study/worth_of_a_diagnosis.ipynb',
 )
 
 
