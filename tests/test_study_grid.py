@@ -9,7 +9,7 @@ from marsclr.study.cross_validation import cross_validate, image_blocks
 from marsclr.engine.files import MarsclrError, append_rows, data_root, one_line, read_json
 from marsclr.engine.encoders import create_encoder
 from marsclr.linear_evaluation import probe
-from marsclr.study.methods import Lab, commit, encoder_of, recipe_of, run_name, untrained
+from marsclr.study.methods import Lab, commit, encoder_of, recipe_of, untrained
 import shutil, tempfile
 from fastcore.test import *
 from IPython.utils.capture import capture_output
@@ -119,37 +119,5 @@ def test_blocks_of_time():
 
     other = grid(twice, ['fig3'], ['MarsYard'])
     test_eq(missing(other, table).method.unique().tolist(), ['eq. 1', 'DCL'])
-
-
-def test_what_it_will_cost():
-    costs = dict(settings, pool_images=96, images_per_s=1, probe_s=30)
-    asked = grid(costs, ['fig3', 'table2'], ['MarsYard'])
-    elsewhere = price(asked, costs, tmp/'elsewhere').set_index('method').encoders.to_dict()
-    test_eq(elsewhere, {'random weights': 0, 'eq. 1': 2, 'DCL': 2, 'natural only': 1})
-    test_eq(len(price(asked[:0], costs, tmp)), 0)
-    bill = price(asked, costs, tmp)
-    test_eq(bill.encoders.tolist(), [0, 0, 0, 1])
-    bill
-
-    def asked_for(group, *methods):
-        "The cells of some methods, one seed each"
-        some = dict(costs, groups={group: {method: [42] for method in methods}})
-        return grid(some, [group], ['MarsYard'])
-
-    changes = ('', ', epochs=3', ', image_size=64', ', backbone=resnet18', ', layer=layer3')
-    asked = asked_for('ablations', *(f'eq. 1{change}' for change in changes))
-    nowhere = tmp/'elsewhere'
-    test_eq(price(asked, costs, nowhere).encoders.tolist(), [1, 1, 1, 1, 0])
-    slow = dict(costs, images_per_s=.01, probe_s=0)
-    larger = round(160*weights('resnet18')/weights('resnet10t'))
-    test_eq(price(asked, slow, nowhere).minutes.tolist(), [160, 480, 640, larger, 0])
-
-    asked = asked_for('fig3', 'supervised from scratch')
-    slow = dict(costs, supervised=dict(epochs=4), labeled_images=60, images_per_s=.1, probe_s=0)
-    test_eq(price(asked, slow, nowhere).minutes.tolist(), [20])
-    eight = 'cluster-aware, capture, epochs=8'
-    refreshed = [eight, f'{eight}, refresh=2']
-    quick = dict(costs, images_per_s=1e9, probe_s=60)
-    test_eq(price(asked_for('ablations', *refreshed), quick, nowhere).minutes.tolist(), [1, 4])
 
     shutil.rmtree(tmp)

@@ -2,35 +2,27 @@
 # A function is a section of the notebook. They run in order: a name that another section uses too is global.
 import subprocess, time
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from inspect import getfile, signature
 from pathlib import Path
 import numpy as np, torch
-from fastai.callback.core import Callback, CancelValidException
-from fastai.data.core import DataLoaders
-from fastai.losses import CrossEntropyLossFlat
 from fastcore.basics import patch
-from torch import nn
 from marsclr import __version__
-from marsclr.engine.views import Views
 from marsclr.study.cluster_study import source_features
+from marsclr.study.supervised import supervised
 from marsclr.engine.clusters import Clusters, capture_clusters, central_clusters, kmeans
 from marsclr.engine.clusters import label_clusters, load_clusters
 from marsclr.engine.files import MarsclrError, atomic_write, write_json
 from marsclr.archives.downloads import digest
-from marsclr.engine.encoders import Stages, create_encoder, encode, fast_bf16, input_stats
-from marsclr.engine.encoders import load_encoder, pick_device, save_encoder, width
+from marsclr.engine.encoders import Stages, create_encoder, encode, load_encoder
 from marsclr.engine.packing import Pack, concat_packs
-from marsclr.engine.runs import Autocast, PackLoader, RunFolder, RunLearner, open_run
-from marsclr.engine.runs import show_progress
 from marsclr.texture import texture_clusters
-from marsclr.training import Schedule, adam, pretrain
+from marsclr.training import pretrain
 import shutil, tempfile
 from fastcore.test import *
 from IPython.utils.capture import capture_output
 from marsclr.engine.files import read_json
 from marsclr.study.homogeneity import leaves_pack, yard_pack
-from marsclr.linear_evaluation import probe
 from marsclr.clustering import pair_quality
 from marsclr.study.methods import *
 from marsclr.study.methods import clusters, pool
@@ -80,24 +72,8 @@ def test_the_pools():
         draw(packs['natural'], 41, 42)
 
 
-def test_supervised_from_scratch():
-    global yard
-    yard = packs['MarsYard']
-    options = dict(backbone='resnet10t', image_size=32, epochs=10, batch_size=16, warmup=10)
-    with capture_output():
-        run = supervised(yard, tmp/'sup', **options)
-        r = probe(encode(load_encoder(run), yard).numpy(), yard.table, yard.classes)
-    largest = np.bincount(r.truth).max()/len(r.truth)
-    assert r.accuracy > largest
-    print(f'{r.accuracy:.2f}, where the largest class alone has {largest:.2f}')
-
-    weights = (run/'encoder.safetensors').read_bytes()
-    (run/'encoder.safetensors').unlink()
-    with capture_output(): supervised(yard, tmp/'sup', **options)
-    assert (run/'encoder.safetensors').read_bytes() == weights
-
-
 def test_from_a_method_to_an_encoder():
+    yard = packs['MarsYard']
     kinds = ('random weights', 'supervised from scratch', 'eq. 1', 'DCL', 'half and half',
              'cluster-aware, pixels + capture', 'attraction, pixels + capture',
              'cluster-aware, true classes', 'recommended, epochs=2')

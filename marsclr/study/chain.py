@@ -28,7 +28,8 @@ from ..archives.marsyard import write_marsyard
 from .methods import Lab, recipe_of
 from ..engine.packing import Pack, load_pack, pack_archive
 from .figures import draw_tables
-from .grid import grid, groups, missing, price, read_cells
+from .grid import grid, groups, missing, read_cells
+from .price import price
 from .purity import break_even, gains_over_dcl, purity_curve, purity_figure
 from ..engine.runs import open_run
 from ..texture import texture_clusters

@@ -4,35 +4,28 @@
 
 # %% auto #0
 __all__ = ['untrained', 'cluster_sources', 'recipes', 'fixed', 'arguments', 'changeable', 'recipe_of', 'encoder_of', 'Lab',
-           'draw', 'run_name', 'LabeledView', 'supervised', 'commit']
+           'draw', 'run_name', 'commit']
 
 # %% ../../nbs/study/methods.ipynb #4148abb4
 import subprocess, time
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from inspect import getfile, signature
 from pathlib import Path
 
 import numpy as np, torch
-from fastai.callback.core import Callback, CancelValidException
-from fastai.data.core import DataLoaders
-from fastai.losses import CrossEntropyLossFlat
 from fastcore.basics import patch
-from torch import nn
 from .. import __version__
-from ..engine.views import Views
 from .cluster_study import source_features
+from .supervised import supervised
 from ..engine.clusters import Clusters, capture_clusters, central_clusters, kmeans
 from ..engine.clusters import label_clusters, load_clusters
 from ..engine.files import MarsclrError, atomic_write, write_json
 from ..archives.downloads import digest
-from ..engine.encoders import Stages, create_encoder, encode, fast_bf16, input_stats
-from ..engine.encoders import load_encoder, pick_device, save_encoder, width
+from ..engine.encoders import Stages, create_encoder, encode, load_encoder
 from ..engine.packing import Pack, concat_packs
-from ..engine.runs import Autocast, PackLoader, RunFolder, RunLearner, open_run
-from ..engine.runs import show_progress
 from ..texture import texture_clusters
-from ..training import Schedule, adam, pretrain
+from ..training import pretrain
 
 # %% ../../nbs/study/methods.ipynb #3b71cb50
 untrained = ['random weights', 'frozen ImageNet'] # which need no run
@@ -192,74 +185,6 @@ def make_clusters(self:Lab, source:str, k, seed:int) -> Clusters:
     eq1 = self.train('eq. 1', seed) if source.startswith('eq. 1') else None
     features = source_features(pool, seed, eq1, texture, options.get('embed_size'))[source]()
     return Clusters(*kmeans(features.numpy(), k, seed), f'{source}, K={k}', pool.fingerprint)
-
-# %% ../../nbs/study/methods.ipynb #cd563ddc
-class LabeledView(Callback):
-    "Turn a batch of images into one view each, and give the loss their labels"
-    order = 5
-    def __init__(self,
-        views:Views,  # how to augment
-        labels,       # (N,) of the pack
-        seed:int=42,  # of the draws
-    ):
-        self.views = views
-        self.labels = torch.tensor(labels)
-        self.seed = seed
-
-    def before_batch(self):
-        images, = self.xb
-        rows, = self.yb
-        view = self.views(images, rows, self.seed, self.epoch, 0)
-        self.learn.xb = (view.contiguous(memory_format=torch.channels_last),)
-        self.learn.yb = (self.labels.to(rows.device)[rows],)
-
-    def before_validate(self): raise CancelValidException()
-
-# %% ../../nbs/study/methods.ipynb #meth0006
-def _supervised_learner(pack, run, config):
-    "An encoder, and the `Learner` that trains it with a linear layer behind"
-    c = config
-    device = pick_device()
-    train = pack.where(((pack.table.split == 'train') & (pack.table.label >= 0)).to_numpy())
-    torch.manual_seed(c['seed'])
-    encoder = create_encoder(c['backbone'])
-    model = nn.Sequential(encoder, nn.Linear(width(encoder), len(pack.classes)))
-    model = model.to(device, memory_format=torch.channels_last)
-    crops = c['crop_min'], c['crop_max']
-    views = Views(c['image_size'], crops, c['colour_strength'], stats=input_stats(encoder))
-    view = LabeledView(views, train.table.label.to_numpy(), c['seed'])
-    loader = PackLoader(train, c['batch_size'], c['seed'], device)
-    cbs = [view, Schedule(c['lr'], 'cosine', c['warmup']), Autocast(), RunFolder(run, 20)]
-    dls = DataLoaders(loader, loader, device=device)
-    return encoder, RunLearner(dls, model, CrossEntropyLossFlat(), lr=c['lr'], cbs=cbs,
-                               opt_func=partial(adam, decoupled=True))
-
-# %% ../../nbs/study/methods.ipynb #7794225a
-def supervised(
-    pack:Pack,     # labeled; its train images are learned from
-    run:Path,      # run folder to make, or to take up where it stopped
-    backbone='resnet18',
-    image_size=96, # side of the views, pixels
-    epochs=15,
-    batch_size=64,
-    lr=1e-3,       # peak learning rate
-    warmup=100,    # steps
-    crop_min=.1,   # smallest share of the area that a view covers
-    crop_max=1.,   # largest
-    colour_strength=.5,
-    seed:int=42,
-) -> Path: # the run folder
-    "Train an encoder and a linear layer with labels, from random weights"
-    config = dict(
-        backbone=backbone, image_size=image_size, epochs=epochs, batch_size=batch_size, lr=lr,
-        warmup=warmup, crop_min=crop_min, crop_max=crop_max, colour_strength=colour_strength,
-        seed=seed, loss='supervised', pack_fingerprint=pack.fingerprint)
-    config['precision'] = 'bf16' if fast_bf16(pick_device()) else 'fp32'
-    encoder,learn = _supervised_learner(pack, run, config)
-    if open_run(run, config):
-        show_progress(learn).fit(epochs)
-        save_encoder(encoder, run/'encoder.safetensors')
-    return run
 
 # %% ../../nbs/study/methods.ipynb #f20827a9
 @cache
