@@ -21,7 +21,7 @@ def test_one_rock():
         "Each row of images (3, H, W) beside each other"
         columns = len(rows[0])
         size = 1.2*columns, 1.35*len(rows)
-        fig, axs = plt.subplots(len(rows), columns, figsize=size, dpi=70, squeeze=False)
+        fig, axs = plt.subplots(len(rows), columns, figsize=size, dpi=54, squeeze=False)
         for ax,view in zip(axs.flat, [view for row in rows for view in row]):
             ax.imshow(view.permute(1, 2, 0))
             ax.set_axis_off()
