@@ -26,7 +26,7 @@ def test_from_address_to_number():
 def test_a_whole_batch_at_once():
     numbers = [0, 1, 7, 2**62, 2**63, 2**64 - 1]
     mixed = mix64(torch.tensor([_signed(number) for number in numbers]))
-    test_eq([number % 2**64 for number in mixed.tolist()], [mix64_number(number) for number in numbers])
+    for number,result in zip(numbers, mixed.tolist()): test_eq(result % 2**64, mix64_number(number))
 
     test_eq(mix64(torch.tensor(0)).item() % 2**64, 0xe220a8397b1dcdaf)
     numbers = torch.arange(64)[:,None]
@@ -38,7 +38,8 @@ def test_a_whole_batch_at_once():
     print(f'{flipped.mean():.2f} bits on average')
 
     u = addressed_uniform(torch.arange(20), 4, 42, 0, 0)
-    test_eq(u.tolist(), [[one_number(image, position, 42, 0, 0) for position in range(4)] for image in range(20)])
+    by_hand = [[one_number(image, position, 42, 0, 0) for position in range(4)] for image in range(20)]
+    test_eq(u.tolist(), by_hand)
     both = uniform_at(torch.arange(20), 4, [(42, 0, 0), (42, 0, 1)])
     test_eq(both[:20], u)
     test_eq(both[20:], addressed_uniform(torch.arange(20), 4, 42, 0, 1))
@@ -67,8 +68,11 @@ def test_are_they_good_random_numbers():
     print(f'chi squared: {chi2:.1f}')
 
     other_view = addressed_uniform(ids, 4, 42, 0, 1)
-    pairs = {'next image': (u[:-1,0], u[1:,0]), 'next number': (u[:,0], u[:,1]), 'other view': (u[:,0], other_view[:,0])}
-    correlations = {name: torch.corrcoef(torch.stack(pair))[0,1].item() for name,pair in pairs.items()}
+    pairs = {'next image': (u[:-1,0], u[1:,0]),
+             'next number': (u[:,0], u[:,1]),
+             'other view': (u[:,0], other_view[:,0])}
+    correlations = {name: torch.corrcoef(torch.stack(pair))[0,1].item()
+                    for name,pair in pairs.items()}
     assert max(map(abs, correlations.values())) < .013, correlations
     {name: round(value, 5) for name,value in correlations.items()}
 

@@ -49,7 +49,7 @@ def uniform_at(
     ids:torch.Tensor, # (B,) int64 image ids
     n:int,            # numbers for each image
     addresses:list,   # the rest of the address, (seed, epoch, view, ...), of each view
-) -> torch.Tensor: # (len(addresses)*B, n) float32 in [0, 1), on the device of `ids`: one view after the other
+) -> torch.Tensor: # (len(addresses)*B, n) float32 in [0, 1), on the device of `ids`, by view
     "Uniform random numbers that depend on nothing but their address, for several views at once"
     keys = [_signed(address_key(*address)) for address in addresses]
     keyed_ids = torch.cat([ids ^ key for key in keys])

@@ -17,7 +17,8 @@ try:
     import triton
     import triton.language as tl
 except ImportError:
-    triton, tl = None, SimpleNamespace(constexpr=int)
+    triton = None
+    tl = SimpleNamespace(constexpr=int)
 
 def jit(
     f, # in Triton's language
@@ -32,7 +33,7 @@ def neighbours(
     pixel,  # int32: output pixels, counted along one axis
     extent, # int32: input pixels of the crop along this axis
     size,   # int32: output pixels along this axis
-): # float32 centre, int32 first neighbour of each output pixel; float32 reach; in input pixels, counted from the crop's edge
+): # centre (float32), first neighbour (int32), reach (float32), in input pixels of the crop
     "Which input pixels an output pixel looks at"
     step = extent.to(tl.float32)/size
     reach = tl.maximum(step, 1.)
@@ -155,7 +156,8 @@ def mean_colour(
     for start in range(0, size*size, BLOCK):
         pixel = start + tl.arange(0, BLOCK)
         inside = pixel < size*size
-        r, g, b = resample_block(tl.minimum(pixel, size*size - 1), image, width, top, left, h, w, flip, size)
+        pixel = tl.minimum(pixel, size*size - 1)
+        r, g, b = resample_block(pixel, image, width, top, left, h, w, flip, size)
         total_r += tl.sum(tl.where(inside, r, 0.))
         total_g += tl.sum(tl.where(inside, g, 0.))
         total_b += tl.sum(tl.where(inside, b, 0.))
@@ -197,7 +199,7 @@ def view_kernel(
     images, boxes, flips, factors, orders, jittered, greyed, out, # pointers
     n_images, width, size,                                        # int32
     stride_view, stride_colour, stride_row, stride_column,        # of `out`
-    mean_r, mean_g, mean_b, std_r, std_g, std_b,                  # float32: what normalises the colours
+    mean_r, mean_g, mean_b, std_r, std_g, std_b,                  # float32, to normalise
     BLOCK:tl.constexpr,                                           # pixels at once
 ):
     "Make view number `program_id`"
@@ -220,28 +222,32 @@ def view_kernel(
         inside = pixel < size*size
         pixel = tl.minimum(pixel, size*size - 1)
         r, g, b = resample_block(pixel, image, width, top, left, h, w, flip, size)
-        r, g, b = change_colours(r, g, b, view_r, view_g, view_b, factors + 4*view, orders + 4*view, jitter, grey)
-        at = out + view.to(tl.int64)*stride_view + (pixel // size)*stride_row + (pixel % size)*stride_column
+        r, g, b = change_colours(r, g, b, view_r, view_g, view_b,
+                                 factors + 4*view, orders + 4*view, jitter, grey)
+        at = out + view.to(tl.int64)*stride_view
+        at = at + (pixel // size)*stride_row + (pixel % size)*stride_column
         store_colour(at, r, mean_r, std_r, inside)
         store_colour(at + stride_colour, g, mean_g, std_g, inside)
         store_colour(at + 2*stride_colour, b, mean_b, std_b, inside)
 
 # %% ../../nbs/engine/view_kernel.ipynb #vk000030
-block, warps = 1024, 16
+block = 1024
+warps = 16
 
 def draw_by_kernel(
     images:torch.Tensor, # (B, S, S, 3) uint8, on a GPU
     parameters,          # `ViewParameters` of N views; N is a multiple of B
     size:int,            # side of the views, pixels
     stats:tuple,         # mean and standard deviation of each colour in [0, 1]
-    out=None,            # (N, 3, size, size) float32 or bfloat16 in any memory order, to be written over
+    out=None,            # (N, 3, size, size) float32 or bfloat16 in any order, to be written over
 ) -> torch.Tensor: # `out`; by default float32, channels last
     "Views, normalised, by one kernel"
     p = parameters
+    drawn = [p.boxes, p.flips, p.factors, p.orders, p.jittered, p.greyed]
     shape = len(p.boxes), 3, size, size
     if out is None:
         out = torch.empty(shape, device=images.device, memory_format=torch.channels_last)
-    tensors = [x.contiguous() for x in (images, p.boxes, p.flips, p.factors, p.orders, p.jittered, p.greyed)]
+    tensors = [x.contiguous() for x in [images, *drawn]]
     mean, std = stats
     with torch.cuda.device_of(images):
         view_kernel[(len(out),)](*tensors, out, len(images), images.shape[1], size, *out.stride(),
