@@ -268,8 +268,9 @@ def _print_estimate(rate, picture, alike):
     low,quarter,middle,three_quarters,high = (f'{r:.1%}' for r in rate)
     print(f'false among the negatives: about {middle}; '
           f'as likely as not {quarter} to {three_quarters}; with 90 % {low} to {high}')
-    if alike < 0: print(f'look at {picture}, count the numbered pairs that show the same thing, '
-                        'and say --alike COUNT: the interval will be much narrower')
+    if alike < 0:
+        print(f'look at {picture}, count the numbered pairs that show the same thing, '
+              'and say --alike COUNT: the interval will be much narrower')
 
 # %% ../nbs/09_diagnosis.ipynb #e911fe14
 @command

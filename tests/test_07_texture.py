@@ -23,6 +23,7 @@ from itertools import combinations
 from unittest.mock import patch
 import matplotlib.pyplot as plt, pandas as pd
 from fastcore.test import *
+from IPython.utils.capture import capture_output
 from marsclr.engine.clusters import kmeans, whiten
 from marsclr.engine.encoders import encode
 from marsclr.engine.files import write_json
@@ -138,7 +139,8 @@ def test_where_to_begin():
 def test_all_together():
     global found, kw
     kw = dict(k=12, epochs=3, image_size=32, embed_size=32, backbone='resnet10t', device='cpu')
-    found = texture_clusters(pack, tmp/'run', **kw)
+    with capture_output() as said: found = texture_clusters(pack, tmp/'run', **kw)
+    assert 'texture clustering of 300 images into 12 from random weights' in said.stdout
     test_eq((len(found), found.k), (300, 12))
     files = ['.lock', 'checkpoint-before.pt', 'checkpoint.pt', 'clusters.npz', 'config.json', 'log.csv',
              'texture.safetensors']
@@ -162,10 +164,14 @@ def test_a_run_that_is_stopped():
         steps.append(1)
         if len(steps) == 9: raise KeyboardInterrupt
 
-    with patch.object(RunFolder, 'after_batch', pull_the_plug), expect_fail(KeyboardInterrupt):
+    unplugged = patch.object(RunFolder, 'after_batch', pull_the_plug)
+    with unplugged, expect_fail(KeyboardInterrupt), capture_output():
         texture_clusters(pack, tmp/'stopped', **kw, save_every=1)
     test_eq(torch.load(tmp/'stopped/checkpoint.pt', weights_only=True)['step'], 3)
-    test_eq(texture_clusters(pack, tmp/'stopped', **kw, save_every=1).ids, found.ids)
+    with capture_output(): gone_on = texture_clusters(pack, tmp/'stopped', **kw, save_every=1)
+    test_eq(gone_on.ids, found.ids)
+    log = pd.read_csv(tmp/'run/log.csv')
+    test_eq(pd.read_csv(tmp/'stopped/log.csv').loss.tolist(), log.loss.tolist())
 
 
 def test_embedding_other_images():
@@ -177,14 +183,14 @@ def test_embedding_other_images():
     save_encoder(encoder, tmp/'encoder/encoder.safetensors')
     write_json(tmp/'encoder/config.json', dict(backbone='resnet10t'))
     short = kw | dict(epochs=1, backbone='')
-    texture_clusters(pack, tmp/'from', **short, init=str(tmp/'encoder'))
+    with capture_output(): texture_clusters(pack, tmp/'from', **short, init=str(tmp/'encoder'))
     test_eq(read_json(tmp/'from/config.json')['backbone'], 'resnet10t')
     test_eq(input_stats(load_texture(tmp/'from'))[0], (.1, .2, .3))
     test_eq(encode(load_texture(tmp/'from'), pack, 32, device='cpu').shape, (300, 512))
 
 
 def test_what_is_refused_and_what_is_not():
-    one = texture_clusters(pack, tmp/'one', **(kw | dict(k=1, epochs=1)))
+    with capture_output(): one = texture_clusters(pack, tmp/'one', **(kw | dict(k=1, epochs=1)))
     test_eq(one.k, 1)
     test_eq(pd.read_csv(tmp/'one/log.csv').loss[0], 0)
 

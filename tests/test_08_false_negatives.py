@@ -231,27 +231,6 @@ def test_what_a_false_negative_costs():
     for t,share in push.items(): print(f'temperature {t}: they get {share:.1%} of the push')
     assert share_of_pairs < push[.5] < push[.1]
 
-    runs = pd.read_csv('results/homogeneity-marsyard.csv')
-    runs = runs[runs.burst == 1]
-    without_false = 'eq. 2, view positives, true classes'
-    accuracy = runs.pivot(index=['classes', 'seed'], columns='method', values='same')*100
-    cost = (accuracy[without_false] - accuracy['eq. 1']).groupby('classes').agg(['mean', 'std'])
-    cost.insert(0, 'rate', runs.groupby('classes').before.mean()*100)
-    cost = cost.sort_values('rate')
-    fig,ax = plt.subplots(figsize=(4.5, 2.4), dpi=70, layout='constrained')
-    ax.errorbar(cost.rate, cost['mean'], yerr=cost['std'], fmt='o', capsize=2)
-    ax.axhline(0, ls=':', color='grey')
-    ax.set(xscale='log', xlabel='false negatives, % of the negatives')
-    ax.set_ylabel('gain without them,\npoints of accuracy')
-    ax.set_xticks([1, 3, 10, 30, 50], [1, 3, 10, 30, 50])
-    ax.minorticks_off()
-    test_eq(len(cost), 5)
-
-    for classes,row in cost.iterrows():
-        gain = f'{row["mean"]:+.1f} ± {row["std"]:.1f} points'
-        print(f'{row.rate:4.1f} % false ({classes} classes): {gain}')
-    assert cost['mean'].max() < 1
-
 
 def test_rates_of_an_archive():
     test_eq(read_counts('5,0,3').tolist(), [5, 0, 3])

@@ -4,6 +4,7 @@ from pathlib import Path
 import pandas as pd, pytest
 from marsclr import diagnosis
 from marsclr.study.grid import config_of, grid, key, missing, read_cells
+from marsclr.study.homogeneity import gains
 from marsclr.study.purity import break_even, gains_over_dcl
 from marsclr.study.chain import presets
 
@@ -70,3 +71,20 @@ def test_the_map_has_25_clusters_of_each_domain_and_names_every_image_once():
     assert table.path.is_unique and table.domain.value_counts().to_dict() == dict(curiosity=6835, perseverance=538)
     assert (table.groupby('domain').cluster.nunique() == 25).all()
     assert (table.groupby(['domain', 'cluster']).size().groupby('domain').diff().dropna() <= 0).all()
+
+
+def test_what_the_lessons_say_of_the_cost_of_false_negatives():
+    table = pd.read_csv(results/'homogeneity-marsyard.csv')
+    gain = gains(table)
+    ceiling = gain[(gain.method == 'eq. 2, view positives, true classes') & (gain.burst == 1)]
+    assert len(ceiling) == 5 and ceiling.same.max() < 1
+    mean = gain.groupby('method')[['own', 'same']].mean()
+    assert (mean.loc['random weights'] < -2).all()
+    assert mean.loc['eq. 2, view positives, true classes'].between(-1, 1).all()
+
+
+def test_what_the_study_says_of_pure_and_random_clusters():
+    curve = gains_over_dcl(pd.read_csv(results/'purity-marsyard.csv'))
+    aware = curve[curve.method == 'cluster-aware'].set_index(['how', 'amount'])
+    assert aware.gain['wrong', 0] > 2*aware.sd['wrong', 0]
+    assert aware.gain['wrong', 1] < 0 < aware.gain['merged', 2]

@@ -38,7 +38,6 @@ def test_three_ways_to_spoil_classes():
 
 
 def test_a_point_of_the_curve():
-    global tmp
     cells = purity_cells(dict(ways=[('wrong', 0), ('cut', 2)], seeds=[1, 2]))
     test_eq(len(cells), 2*(2 + 2*2))
     test_eq(cells[0], dict(seed=1, method='eq. 1', how='', amount=0))
@@ -65,23 +64,3 @@ def test_what_it_says():
                                 how=['', 'wrong']*2, amount=0, purity=1., recall=1.,
                                 accuracy=[.5, .6, .5, .7]))
     test_close(gains_over_dcl(by_hand)[['gain', 'sd']].iloc[0], [15, 50**.5], eps=1e-6)
-
-
-def test_the_whole_curve():
-    whole_curve = pd.read_csv('../results/purity-marsyard.csv')
-    test_eq(whole_curve.seed.nunique(), 3)
-    purity_figure(whole_curve);
-
-    gains = gains_over_dcl(whole_curve)
-    aware = gains[gains.method == 'cluster-aware'].set_index(['how', 'amount'])
-    for way in (('wrong', 0), ('merged', 2), ('wrong', 1)):
-        purity,gain,sd = aware.loc[way, ['purity', 'gain', 'sd']]
-        print(f'{way[0]} {way[1]:g}: purity {purity:.2f}, gain {gain:+.1f} ± {sd:.1f} points')
-    assert aware.gain['wrong', 0] > 2*aware.sd['wrong', 0]
-    assert aware.gain['wrong', 1] < 0 < aware.gain['merged', 2]
-
-    of_seeds = [break_even(gains_over_dcl(t)) for _,t in whole_curve.groupby('seed')]
-    crossing = f'the mean gain crosses zero at a purity of {break_even(gains):.2f}'
-    print(crossing + '; seed by seed:', *(f'{purity:.2f}' for purity in of_seeds))
-
-    shutil.rmtree(tmp)

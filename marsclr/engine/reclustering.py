@@ -76,8 +76,11 @@ class Recluster(Callback):
         size:int=None, # side of the images, that of the pack by default
         seed:int=42,
     ):
-        self.pack,self.size = pack,size
-        self.k,self.dim,self.seed = k,dim,seed
+        self.pack = pack
+        self.k = k
+        self.dim = dim
+        self.size = size
+        self.seed = seed
         self.ids = None
 
     def cluster(self, epoch):
@@ -124,7 +127,8 @@ class ClusterViews(Callback):
     ): self.views,self.each,self.seed = views,each,seed
 
     def before_batch(self):
-        images,rows = *self.xb,*self.yb
+        images = self.xb[0]
+        rows = self.yb[0]
         loader = self.dls.train
         step = loader.start + self.iter
         slot = (torch.arange(len(rows), device=rows.device) + rank()*len(rows)) % self.each
