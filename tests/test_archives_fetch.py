@@ -4,65 +4,88 @@ import re
 from difflib import get_close_matches
 from pathlib import Path
 import pandas as pd
+from marsclr.archives.feeds import feeds, sizes
+from marsclr.archives.fetcher import Fetcher
+from marsclr.archives.raw_images import fetch_manifest, fetch_rover
 from marsclr.archives.zenodo import draw_imagenet, fetch_zenodo, records
-from marsclr.engine.files import MarsclrError, data_root, one_line, write_json
 from marsclr.engine.commands import command
-from marsclr.archives.downloads import Fetcher, digest, exclusive_folder
-from marsclr.archives.feeds import check_begun, feeds, fetch_rover, fetch_rows, image_path, sizes, write_table
+from marsclr.engine.files import MarsclrError, data_root
 import sys
 import os, shutil, tempfile
-from urllib.parse import urlsplit
 from fastcore.test import *
 from marsclr.engine.files import read_json
 from marsclr.engine.packing import marsclr_pack
 from stand_in import rover_stand_in
 from marsclr.archives.fetch import *
+from marsclr.archives.fetch import _check_options, _check_size, _kind, _report, _rover_request
 
 
-def test_like_fig_1_and_table_1():
+def test_the_papers_sets():
     sys.path.append('../../tests')  # the stand-in server is a tool of the tests
 
-    frames = pd.DataFrame(dict(camera=['MAHLI', 'MARDI', 'MAHLI'], sol=[3, 1, 700], width=[1600, 1648, 800], height=[1200, 1200, 600], bytes=[200000]*3))
+    assert all(preset['rover'] in feeds for preset in presets.values())
+
+
+def test_what_has_come():
+    frames = pd.DataFrame(dict(camera=['MAHLI', 'MARDI', 'MAHLI'], sol=[3, 1, 700],
+                               width=[1600, 1648, 800], height=[1200, 1200, 600], bytes=[200000]*3))
     by_camera = summary(frames)
     test_eq(by_camera.images.tolist(), [2, 1, 3])
+    test_eq(by_camera.loc['MAHLI', ['smallest', 'largest']].tolist(), ['800x600', '1600x1200'])
     by_camera
 
-
-def test_the_same_images_again():
-    global tmp
-    tmp = Path(tempfile.mkdtemp())
-    with rover_stand_in('perseverance', [10], each=4, size=64) as server:
-        os.environ['MARSCLR_MIRROR'] = server.url
-        table,_,_ = fetch_rover('perseverance', tmp/'first', (10, 10), fetcher=Fetcher(rate=1000))
-        paths = [urlsplit(o).path for o in table.url]
-        server.files[paths[1]] = server.files[paths[2]]
-        same,lost = fetch_manifest(tmp/'first'/'table.csv', 'perseverance', tmp/'same', Fetcher(rate=1000, wait=.01))
-    test_eq(same.sha256.tolist(), table.sha256.drop(1).tolist())
-    test_eq(list(lost), [table.id[1]])
-    lost
+    _report('curiosity', 'here', frames, {}, short=[7])
+    with expect_fail(MarsclrError, '1 missing, see here/missing.csv; the first: sol 7: gone'):
+        _report('curiosity', 'here', frames[:0], {'sol 7': 'gone'})
+    with expect_fail(MarsclrError, 'no such images'): _report('curiosity', 'here', frames[:0], {})
 
 
 def test_what_was_asked_for():
+    test_eq(_kind('curiosity', ''), 'rover')
+    test_eq(_kind('curiosity', 'table.csv'), 'manifest')
+    test_eq(_kind('paper-curiosity', ''), 'paper')
+    test_eq((_kind('msl', ''), _kind('imagenet', '')), ('zenodo', 'imagenet'))
+    _check_options('curiosity', 'rover', dict(sols='1-2', seed=7))
+    with expect_fail(MarsclrError, '--from means nothing for msl'):
+        _check_options('msl', 'zenodo', dict(from_='folder', seed=42))
+    with expect_fail(MarsclrError, '--seed means nothing for msl'):
+        _check_options('msl', 'zenodo', dict(from_='', seed=7))
+
     test_eq((read_sols('10-400'), read_sols('7')), ((10, 400), (7, 7)))
+    for wrong in ('400-10', 'all', '-5', ''):
+        with expect_fail(MarsclrError, 'give a range'): read_sols(wrong)
     test_eq(read_cameras('navcam_left, MCZ_LEFT', 'perseverance'), ['NAVCAM_LEFT', 'MCZ_LEFT'])
     with expect_fail(MarsclrError, 'near to it: MAST_LEFT'): read_cameras('MAST_LEF', 'curiosity')
-    with expect_fail(MarsclrError, 'give a range'): read_sols('400-10')
+
+    test_eq(_rover_request('paper-curiosity', {})['images'], 100000)
+    for rover,feed in feeds.items(): _check_size(rover, feed.default_size)
+    with expect_fail(MarsclrError, 'curiosity has full only'): _check_size('curiosity', 'small')
+    with expect_fail(MarsclrError, 'has small medium large full'): _check_size('perseverance', 'huge')
+    test_eq(list(feeds['perseverance'].sizes), list(sizes))
 
 
 def test_the_command():
+    tmp = Path(tempfile.mkdtemp())
+    fast = '--rate 1000 --wait .01 --patience .3'.split()
     for rover in feeds:
         with rover_stand_in(rover, [10, 11], each=6, share=.1) as server:
             os.environ['MARSCLR_MIRROR'] = server.url
-            marsclr_fetch([rover, '--to', str(tmp/rover), '--sols', '10-11', '--rate', '1000', '--wait', '.01', '--patience', '.3'])
+            marsclr_fetch([rover, '--to', str(tmp/rover), '--sols', '10-11', *fast])
     marsclr_pack(['rovers', str(tmp/'rovers.pack'), '--root', str(tmp), '--size', '32'])
     test_eq(read_json(tmp/'rovers.pack'/'pack.json')['images'], 24)
 
-    fails = {'mars': 'is not known', 'curiosity': 'needs --sols', 'curiosity --sols 1 --size small': 'full only', 'msl --sols 1': 'means nothing for msl',
-             'perseverance --manifest a.csv --sols 1': 'with a manifest', 'imagenet': 'needs --from', 'perseverance --sols 1 --rate 0': '--rate 0.0'}
+    fails = {'mars': 'is not known', 'curiosity': 'needs --sols', 'imagenet': 'needs --from',
+             'curiosity --sols 1 --size small': 'full only', 'msl --sols 1': 'means nothing for msl',
+             'perseverance --manifest a.csv --sols 1': 'with a manifest',
+             'perseverance --sols 1 --rate 0': '--rate 0.0',
+             'perseverance --sols 1 --images -1': '--images -1: give 0 or more'}
     for line,part in fails.items():
         with expect_fail(SystemExit, part): marsclr_fetch(line.split())
+
     os.environ['MARSCLR_MIRROR'] = 'http://127.0.0.1:9'
-    with expect_fail(SystemExit, 'no connection to 127.0.0.1:9'): marsclr_fetch(['perseverance', '--sols', '1', '--wait', '.1', '--to', str(tmp/'new')])
+    new = ['--to', str(tmp/'new')]
+    with expect_fail(SystemExit, 'no connection to 127.0.0.1:9'):
+        marsclr_fetch(['perseverance', '--sols', '1', '--wait', '.1', *new])
     assert not (tmp/'new').exists()
 
     del os.environ['MARSCLR_MIRROR']

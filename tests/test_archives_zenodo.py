@@ -2,17 +2,21 @@
 # A function is a section of the notebook. They run in order: a name that another section uses too is global.
 import os, pytest
 import hashlib, lzma, os, re, shutil, stat, zipfile, zlib
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 import pandas as pd
 from fastprogress import progress_bar
 from PIL import Image
 from torchvision.datasets.folder import find_classes
-from marsclr.engine.files import MarsclrError, data_root, one_line, atomic_write
+from marsclr.archives.downloads import Part, check_digest, check_image, digest
+from marsclr.archives.downloads import exclusive_folder, get_file
+from marsclr.archives.fetcher import Fault, Fetcher, get_json
 from marsclr.datasets import Archive, find_images, hirise, imagenet, msl
-from marsclr.archives.downloads import Fault, Fetcher, Part, check_digest, check_image, digest, exclusive_folder, get_file, get_json
+from marsclr.engine.files import MarsclrError, atomic_write, data_root, one_line
 from marsclr.engine.reading import formats
 import sys
 import io, tempfile
+from dataclasses import replace
 from fastcore.test import *
 from marsclr.archives.marsyard import write_marsyard
 from stand_in import StandIn
@@ -32,98 +36,137 @@ def test_out_of_a_zip_file_and_nowhere_else():
             for name,content in entries.items(): z.writestr(name, content)
         return tmp/'a.zip'
 
-    unpack(make_zip(**{'top/a.txt': 'one', 'top/b/c.txt': 'two', '__MACOSX/top/._a.txt': ''}), tmp/'good')
-    test_eq(sorted(o.relative_to(tmp/'good').as_posix() for o in (tmp/'good').rglob('*.txt')), ['a.txt', 'b/c.txt'])
+    def files_in(folder):
+        return sorted(path.relative_to(folder).as_posix() for path in folder.rglob('*.txt'))
 
-    link = zipfile.ZipInfo('a')
-    link.external_attr = (stat.S_IFLNK | 0o777) << 16
+    unpack(make_zip(**{'top/a.txt': '1', 'top/b/c.txt': '2', '__MACOSX/top/._a.txt': ''}), tmp/'one')
+    test_eq(files_in(tmp/'one'), ['a.txt', 'b/c.txt'])
+    unpack(make_zip(**{'a.txt': '1', 'b/c.txt': '2'}), tmp/'flat')
+    test_eq(files_in(tmp/'flat'), ['a.txt', 'b/c.txt'])
 
     def refusal(**entries):
         try: unpack(make_zip(**entries), tmp/'bad')
         except MarsclrError as e: return str(e).split('refused: ')[-1]
 
-    evil = {'../a': {'../a': 'x'}, '/a': {'/tmp/a': 'x'}, 'C:': {'C:\\a': 'x'}, 'bomb': {'a': bytes(10**8)}, 'twice': {'a': 'x', 'A': 'x'}, 'nothing': {}}
-    refused = {k: refusal(**v) for k,v in evil.items()}
+    evil = {'above': {'../a': 'x'}, 'absolute': {'/tmp/a': 'x'}, 'drive': {'C:\\a': 'x'},
+            'bomb': {'a': bytes(10**8)}, 'twice': {'a': 'x', 'A': 'x'}, 'nothing': {}}
+    refused = {name: refusal(**entries) for name,entries in evil.items()}
+    assert all(refused.values())
+    assert not (tmp/'bad').exists()
+    refused
+
+    link = zipfile.ZipInfo('a')
+    link.external_attr = (stat.S_IFLNK | 0o777) << 16
     with zipfile.ZipFile(tmp/'a.zip', 'w') as z: z.writestr(link, '/etc')
     with expect_fail(MarsclrError, 'is a link'): unpack(tmp/'a.zip', tmp/'bad')
     (tmp/'a.zip').write_bytes((tmp/'a.zip').read_bytes()[:-30])
     with expect_fail(MarsclrError, 'no sound zip'): unpack(tmp/'a.zip', tmp/'bad')
-    assert all(refused.values()) and not (tmp/'bad').exists()
-    refused
+    changed = make_zip(**{'a.txt': 'one', 'b.txt': 'two'})
+    with expect_fail(MarsclrError, 'as published'): unpack(changed, tmp/'bad', inside={'a.txt': '0'})
+    assert not (tmp/'bad').exists()
 
 
 def test_a_record_of_zenodo():
-    global published, yard
+    global yard
+    os.environ['MARSCLR_MIRROR'] = 'http://here/'
+    test_eq(site('https://zenodo.org'), 'http://here')
+    del os.environ['MARSCLR_MIRROR']
+    test_eq(site('https://zenodo.org'), 'https://zenodo.org')
+
     def zip_folder(folder):
-        with zipfile.ZipFile(buffer := io.BytesIO(), 'w') as z:
-            for o in sorted(folder.rglob('*')): z.write(o, o.relative_to(folder.parent))
+        buffer = io.BytesIO()
+        with zipfile.ZipFile(buffer, 'w') as z:
+            for path in sorted(folder.rglob('*')): z.write(path, path.relative_to(folder.parent))
         return buffer.getvalue()
 
-    def zenodo_record(body, name, md5=None):
-        file = lambda server: dict(key=name, size=len(body), checksum='md5:'+(md5 or hashlib.md5(body).hexdigest()), links=dict(self=f'{server.url}/files/{name}'))
-        return lambda query, server: dict(files=[file(server)])
+    def page_of(file, content, md5=None):
+        "What Zenodo says of a record with one file"
+        checksum = 'md5:'+(md5 or hashlib.md5(content).hexdigest())
+        def page(query, server):
+            links = dict(self=f'{server.url}/files/{file}')
+            return dict(files=[dict(key=file, size=len(content), checksum=checksum, links=links)])
+        return page
 
     yard = write_marsyard(tmp/'msl-labeled-data-set-v2.1', n=60, size=32, n_classes=3)
-    body,name = zip_folder(yard),'msl-labeled-data-set-v2.1.zip'
-    server = StandIn({f'/files/{name}': body}, {'/api/records/4033453': zenodo_record(body, name)}, share=.5, seed=3)
-    published = records['msl']['inside']
-    records['msl']['inside'] = {o: digest(yard/o, 'md5') for o in published}
-    with server:
-        os.environ['MARSCLR_MIRROR'] = server.url
-        archive = fetch_zenodo('msl', tmp/'data'/'msl-labeled-data-set-v2.1', Fetcher(rate=1000, wait=.01, patience=.3))
-    test_eq([digest(o, 'md5') for o in sorted(archive.root.rglob('*.*'))], [digest(o, 'md5') for o in sorted(yard.rglob('*.*'))])
-    test_eq({o for o in os.listdir(tmp/'data') if o[0] != '.'}, {'msl-labeled-data-set-v2.1'})
-    archive, [(o['path'][-15:], o['start'], o['fault']) for o in server.log]
+    content = zip_folder(yard)
+    zip_name = 'msl-labeled-data-set-v2.1.zip'
+    path = '/api/records/4033453'
 
-    server = StandIn({}, {'/api/records/4033453': zenodo_record(body, name, '0'*32), '/api/records/4002935': zenodo_record(body, 'hirise-map-proj-v3_2.zip')})
-    server.files[f'/files/{name}'] = body
-    with server:
-        os.environ['MARSCLR_MIRROR'] = server.url
-        with expect_fail(MarsclrError, f'not {"0"*32}'): fetch_zenodo('msl', tmp/'wrong'/'msl', Fetcher(rate=1000, wait=.01, tries=2))
-        with expect_fail(MarsclrError, 'it was replaced'): fetch_zenodo('hirise', tmp/'wrong'/'hirise', Fetcher(rate=1000, wait=.01))
+    def zenodo(md5=None, **faults):
+        pages = {path: page_of(zip_name, content, md5)}
+        return StandIn({f'/files/{zip_name}': content}, pages, **faults)
+
+    def fetch_here(server, name, folder, **kwargs):
+        "Fetch from the stand-in"
+        with server:
+            os.environ['MARSCLR_MIRROR'] = server.url
+            return fetch_zenodo(name, tmp/folder, Fetcher(rate=1000, wait=.01, patience=.3, **kwargs))
+
+    published = records['msl']
+    inside = {file: digest(yard/file, 'md5') for file in published.inside}
+    records['msl'] = replace(published, inside=inside)
+    server = zenodo(share=.5, seed=3)
+    archive = fetch_here(server, 'msl', f'data/{yard.name}')
+    def checksums(folder): return [digest(path, 'md5') for path in sorted(folder.rglob('*.*'))]
+    test_eq(checksums(archive.root), checksums(yard))
+    test_eq({name for name in os.listdir(tmp/'data') if name[0] != '.'}, {yard.name})
+    print(archive)
+    for entry in server.log: print(entry['path'], entry['start'], entry['fault'])
+
+    other = zenodo(md5='0'*32)
+    with expect_fail(MarsclrError, f'not {"0"*32}'): fetch_here(other, 'msl', 'wrong/msl', tries=2)
+    changed = StandIn({}, {'/api/records/4002935': page_of('hirise-map-proj-v3_2.zip', content)})
+    with expect_fail(MarsclrError, 'it was replaced'): fetch_here(changed, 'hirise', 'wrong/hirise')
     assert not (tmp/'wrong').exists()
-    records['msl']['inside'] = published
 
-    server = StandIn({f'/files/{name}': body}, {'/api/records/4033453': zenodo_record(body, name)})
     (tmp/'left').mkdir()
-    (tmp/'left'/name).write_bytes(body[:-1])
-    with server:
-        os.environ['MARSCLR_MIRROR'] = server.url
-        with expect_fail(MarsclrError, 'remove it, and the same command fetches it'): fetch_zenodo('msl', tmp/'left'/'msl', Fetcher(rate=1000, wait=.01))
+    (tmp/'left'/zip_name).write_bytes(content[:-1])
+    with expect_fail(MarsclrError, 'remove it, and the same command fetches it'):
+        fetch_here(zenodo(), 'msl', 'left/msl')
 
-    server = StandIn({f'/files/{name}': body}, {'/api/records/4033453': zenodo_record(body, name)})
-    with server:
-        os.environ['MARSCLR_MIRROR'] = server.url
-        for _ in range(2):
-            with expect_fail(MarsclrError, 'as published: do not use it'): fetch_zenodo('msl', tmp/'other'/'msl', Fetcher(rate=1000, wait=.01))
-    test_eq([o for o in os.listdir(tmp/'other') if o[0] != '.'], [name])
+    records['msl'] = published
+    for _ in range(2):
+        with expect_fail(MarsclrError, 'as published: do not use it'):
+            fetch_here(zenodo(), 'msl', 'other/msl')
+    test_eq([name for name in os.listdir(tmp/'other') if name[0] != '.'], [zip_name])
     del os.environ['MARSCLR_MIRROR']
 
 
 @needs_real_images
 def test_a_record_of_zenodo_on_real_images():
-    for o,md5 in published.items(): test_eq(digest(data_root()/'msl-labeled-data-set-v2.1'/o, 'md5'), md5)
+    for name,md5 in records['msl'].inside.items():
+        test_eq(digest(data_root()/'msl-labeled-data-set-v2.1'/name, 'md5'), md5)
 
 
 def test_a_share_of_imagenet():
     names = [f'n{c:08d}/{i}.JPEG' for c in range(10) for i in range(10 if c else 2)]
     test_eq(draw(names, 1)[:5], draw(names[::-1], 1)[:5])
     assert draw(names, 1)[:5] != draw(names, 2)[:5]
-    share = pd.Series(o[:9] for o in draw(names, 1, balanced=True)[:38]).value_counts()
+    share = pd.Series(name[:9] for name in draw(names, 1, balanced=True)[:38]).value_counts()
     test_eq(sorted(share), [2]+[4]*9)
 
-    for i,o in enumerate(sorted((yard/'images').iterdir())):
-        (tmp/'imagenet'/'train'/f'n{i % 3:08d}').mkdir(parents=True, exist_ok=True)
-        shutil.copy(o, tmp/'imagenet'/'train'/f'n{i % 3:08d}'/f'{i}.JPEG')
-    first = draw(find_images(tmp/'imagenet'/'train'), 7, balanced=True)[0]
-    (tmp/'imagenet'/'train'/first).write_bytes(b'no image')
+    train = tmp/'imagenet'/'train'
+    for i,image in enumerate(sorted((yard/'images').iterdir())):
+        folder = train/f'n{i % 3:08d}'
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copy(image, folder/f'{i}.JPEG')
+    first = draw(find_images(train), 7, balanced=True)[0]
+    (train/first).write_bytes(b'no image')
     some = draw_imagenet(tmp/'imagenet', tmp/'share', 12, seed=7, balanced=True)
-    test_eq(set(some.table.label.value_counts()) <= {3, 4, 5}, True)
+    assert set(some.table.label.value_counts()) <= {3, 4, 5}
     assert first not in set(some.table.path)
-    some, pd.read_csv(tmp/'share'/'table.csv').head(3)
+    manifest = pd.read_csv(tmp/'share'/'table.csv')
+    test_eq(manifest.sha256[0], digest(tmp/'share'/manifest.path[0]))
+    print(some)
+    manifest.assign(sha256=manifest.sha256.str[:16]).head(3)
 
-    with expect_fail(MarsclrError, 'has no class folders'): draw_imagenet(tmp/'good'/'b', tmp/'x', 1)
+    with expect_fail(MarsclrError, 'has no class folders'): draw_imagenet(tmp/'one'/'b', tmp/'x', 1)
     with expect_fail(MarsclrError, 'not named like a class'): draw_imagenet(yard, tmp/'x', 1)
-    with expect_fail(MarsclrError, '61 images cannot be drawn from the 60'): draw_imagenet(tmp/'imagenet', tmp/'x', 61)
+    with expect_fail(MarsclrError, '61 images cannot be drawn from the 60'):
+        draw_imagenet(tmp/'imagenet', tmp/'x', 61)
+    (tmp/'delivered').mkdir()
+    (tmp/'delivered'/'ILSVRC2012_img_train.tar').touch()
+    with expect_fail(MarsclrError, 'let torchvision check and unpack it'):
+        draw_imagenet(tmp/'delivered', tmp/'x', 1)
 
     shutil.rmtree(tmp)
