@@ -95,7 +95,8 @@ class TwoViews(Callback):
         self.clusters = torch.as_tensor(self.clusters, device=self.dls.device)
 
     def before_batch(self):
-        (images,),(rows,) = self.xb,self.yb
+        images, = self.xb
+        rows, = self.yb
         size = self.views.size
         if self.both is None:
             self.both = torch.empty(2*len(images), 3, size, size, device=images.device)

@@ -50,7 +50,8 @@ def test_two_views_of_each_image():
     views = Views(32, scale=(.2, 1), strength=.5)
     rows = torch.arange(0, 48, 6)
     images = pack[rows.numpy()]
-    seed,epoch = 42,0
+    seed = 42
+    epoch = 0
     first = views(images, rows, seed, epoch, 0)
     second = views(images, rows, seed, epoch, 1)
 
@@ -177,7 +178,8 @@ def test_what_has_been_learned():
     trained = load_encoder(run)
     untrained = build_model(read_json(run/'config.json')).encoder.eval()
     in_train = (yard.table.split == 'train').to_numpy()
-    voters,asked = yard.where(in_train),yard.where(~in_train)
+    voters = yard.where(in_train)
+    asked = yard.where(~in_train)
     loss_by_epoch = pd.read_csv(run/'log.csv').loss
     assert loss_by_epoch.iloc[-1] < loss_by_epoch.iloc[0] - .5
     len(voters), len(asked)
