@@ -2,14 +2,17 @@
 # A function is a section of the notebook. They run in order: a name that another section uses too is global.
 import os, pytest
 import os, re
-from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 import numpy as np, pandas as pd
-from PIL import Image
-from marsclr.engine.files import MarsclrError, data_root, read_lines
+from PIL import Image, ImageOps
+from marsclr.engine.files import MarsclrError, data_root, numbered_lines
+from marsclr.engine.folders import existing_folder, find_images, list_folder, say_left_out
+from marsclr.engine.folders import image_suffixes
 from fastcore.test import *
 import matplotlib.pyplot as plt, tempfile
+from marsclr.archives.marsyard import write_marsyard
+from marsclr.engine.packing import pack_archive
 from marsclr.datasets import *
 
 needs_real_images = pytest.mark.skipif(not os.environ.get('MARSCLR_DATA'), reason='needs real images: set MARSCLR_DATA')
@@ -27,9 +30,18 @@ def test_a_name_is_a_record():
     test_eq(parse_name('holiday.jpg')['rover'], '')
 
 
-def test_reading_labels_without_trusting_them():
+def test_decode_once():
     make_table(['images/0003ML0000000370100057E01_DRCL.jpg'], 'msl', 'train', [3])
 
+    with tempfile.TemporaryDirectory() as d:
+        yard = image_folder(write_marsyard(Path(d)/'yard', n=40, size=96)/'images')
+        plain_pack(yard, Path(d)/'plain', size=64)
+        squares = np.load(Path(d)/'plain/images.npy')
+        test_eq(squares.shape, (40, 64, 64, 3))
+        test_eq(pack_archive(yard, Path(d)/'pack', size=64)[:].numpy(), squares)
+
+
+def test_reading_labels_without_trusting_them():
     with tempfile.TemporaryDirectory() as d:
         d = Path(d)
         (d/'classes.csv').write_text('0,Sand\n1,Close-up rock\n')
@@ -68,11 +80,6 @@ def test_the_labeled_sets():
 
 
 def test_unlabeled_folders():
-    test_eq(say_left_out(Counter({'.txt': 2, 'hidden': 1})), '3 files of other kinds: .txt 2, hidden 1')
-    test_eq(say_left_out(Counter({'linked folders': 2})), '2 linked folders (--follow_links reads what is in there)')
-    test_eq(say_left_out(Counter()), '')
-    say_left_out(Counter({'.fits': 1, '.img': 1}))
-
     with tempfile.TemporaryDirectory() as d:
         d = Path(d)
         with expect_fail(MarsclrError, 'holds no images'): image_folder(d)

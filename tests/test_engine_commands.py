@@ -6,7 +6,7 @@ from inspect import signature
 import torch
 from fastcore.docments import docments
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
-from marsclr.engine.files import MarsclrError, Stopped, on_signal, one_line, _stop
+from marsclr.engine.files import MarsclrError, Stopped, on_signal, one_line, raise_stopped
 import io
 from contextlib import redirect_stderr
 from unittest.mock import patch

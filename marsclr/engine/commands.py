@@ -13,7 +13,7 @@ from inspect import signature
 import torch
 from fastcore.docments import docments
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
-from .files import MarsclrError, Stopped, on_signal, one_line, _stop
+from .files import MarsclrError, Stopped, on_signal, one_line, raise_stopped
 
 # %% ../../nbs/engine/commands.ipynb #822df9d7
 def _add_parameter(parser, p, comment):
@@ -58,7 +58,7 @@ def command(
         try:
             if not several and int(os.environ.get('WORLD_SIZE', 1)) > 1: raise MarsclrError('works in one process: start it without a launcher')
             if hasattr(sys.stdout, 'reconfigure'): sys.stdout.reconfigure(errors='backslashreplace')
-            with on_signal(_stop): func(**args)
+            with on_signal(raise_stopped): func(**args)
         except (MarsclrError, OSError) as e:
             _tell_launcher(e)
             sys.exit(f'{name}: {(str(e) or type(e).__name__).splitlines()[-1].strip()}')
