@@ -2,17 +2,40 @@
 # A function is a section of the notebook. They run in order: a name that another section uses too is global.
 import os, pytest
 import os, re
-from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 import numpy as np, pandas as pd
-from PIL import Image
-from marsclr.engine.files import MarsclrError, data_root, read_lines
+from PIL import Image, ImageOps
+from marsclr.engine.files import MarsclrError, data_root, numbered_lines
+from marsclr.engine.folders import existing_folder, find_images, list_folder, say_left_out
+from marsclr.engine.folders import image_suffixes
+import io, shutil, tempfile, time
+from contextlib import redirect_stdout
+import matplotlib.pyplot as plt
 from fastcore.test import *
-import matplotlib.pyplot as plt, tempfile
+from marsclr.archives.marsyard import write_marsyard
+from marsclr.engine.packing import pack_archive
 from marsclr.datasets import *
 
 needs_real_images = pytest.mark.skipif(not os.environ.get('MARSCLR_DATA'), reason='needs real images: set MARSCLR_DATA')
+
+
+def test_look_first():
+    global names, show, tmp
+    def show(images, titles=(), columns=6):
+        rows = -(-len(images)//columns)
+        fig,axs = plt.subplots(rows, columns, figsize=(7, 1.2*rows), dpi=60, squeeze=False)
+        for ax in axs.flat: ax.set_axis_off()
+        for ax,image in zip(axs.flat, images): ax.imshow(image)
+        for ax,title in zip(axs.flat, titles): ax.set_title(title, fontsize=7)
+        return fig
+
+    tmp = Path(tempfile.mkdtemp())
+    write_marsyard(tmp/'yard', n=200, size=96)
+    names = sorted(file.name for file in (tmp/'yard/images').iterdir())
+    test_eq(len(names), 200)
+    show([Image.open(tmp/'yard/images'/name) for name in names[::17]])
+    names[:3]
 
 
 def test_a_name_is_a_record():
@@ -20,181 +43,302 @@ def test_a_name_is_a_record():
     test_eq({k: mastcam[k] for k in ('rover', 'camera', 'sol', 'sequence')},
             dict(rover='Curiosity', camera='ML', sol=3, sequence='000000037'))
     navcam = parse_name('NLF_0010_0667834021_000EBY_N0030578NCAM00709_01_195J01.png')
-    test_eq(navcam, dict(rover='Perseverance', camera='NL', sol=10, sequence='NCAM00709', time=667834021.000))
+    test_eq(navcam, dict(rover='Perseverance', camera='NL', sol=10,
+                         sequence='NCAM00709', time=667834021.000))
     test_eq(parse_name('NLA_397681967EDR_F0020000AUT_04096M1.jpg')['time'], 397681967)
     test_eq(parse_name('CR0_397506434EDR_F0010008CCAM00000M_.JPG')['sequence'], 'CCAM00000')
     test_eq(parse_name('ESP_011283_2265_RED-0030.jpg')['sequence'], 'ESP_011283_2265')
     test_eq(parse_name('holiday.jpg')['rover'], '')
 
 
-def test_reading_labels_without_trusting_them():
-    make_table(['images/0003ML0000000370100057E01_DRCL.jpg'], 'msl', 'train', [3])
+def test_an_archive_is_a_table():
+    global yard
+    one = make_table(['images/0003ML0000000370100057E01_DRCL.jpg'], 'msl', 'train', [3])
+    test_eq(one.sequence.tolist(), ['000000037'])
+    one.drop(columns='time')
 
-    with tempfile.TemporaryDirectory() as d:
-        d = Path(d)
-        (d/'classes.csv').write_text('0,Sand\n1,Close-up rock\n')
-        (d/'labels.txt').write_text('a.jpg 0 train\nb.jpg 1 test\na.jpg 0 train\n')
-        classes = read_classes(d/'classes.csv')
-        df = read_labels(d/'labels.txt', classes)
-        test_eq(classes, ['Sand', 'Close-up rock'])
-        test_eq(len(df), 2)
-        with expect_fail(MarsclrError, 'the first is a.jpg'): check_files(Archive('toy', d, make_table(df.name, 'toy', label=df.label), classes))
-        (d/'labels.txt').write_text('a.jpg 7\n')
-        with expect_fail(MarsclrError, 'line 1: class 7 is not among the 2'): read_labels(d/'labels.txt', classes)
-        (d/'labels.txt').write_text('a.jpg 0\nb.jpg sand\n')
-        with expect_fail(MarsclrError, "line 2: expected `NAME ID`"): read_labels(d/'labels.txt', classes)
-    df
+    yard = image_folder(tmp/'yard/images')
+    test_eq(yard.table.path.tolist(), names)
+    test_eq(yard.table.label.unique().tolist(), [-1])
+    test_eq(yard.open(0).size, (96, 96))
+    test_eq(len(yard.where(yard.table.camera == 'ML')), (yard.table.camera == 'ML').sum())
+    yard
 
-    with tempfile.TemporaryDirectory() as d:
-        d = Path(d)
-        (d/'classes.csv').write_bytes(b'\xef\xbb\xbf"0","Rock, float"\r\n1,Close-up rock,,\r\n')
-        (d/'labels.txt').write_bytes(b'\xef\xbb\xbfa.jpg,0,train \r\n"my ""best"" b.jpg",1,test\r\nc,1.jpg 1\r\n')
-        classes = read_classes(d/'classes.csv')
-        test_eq(classes, ['Rock, float', 'Close-up rock'])
-        test_eq(read_labels(d/'labels.txt', classes).values.tolist(),
-                [['a.jpg', 0, 'train'], ['my "best" b.jpg', 1, 'test'], ['c,1.jpg', 1, '']])
-        (d/'classes.csv').write_text('id,name\n0,Rock\n')
-        with expect_fail(MarsclrError, "line 1: ids must run from 0 up, here `0,NAME`; found 'id,name'"): read_classes(d/'classes.csv')
+    same_burst = yard.table.groupby('sequence').path.transform('size') >= 6
+    burst = yard.where(same_burst).table
+    burst = burst[burst.sequence == burst.sequence[0]].head(6)
+    show([Image.open(yard.root/path) for path in burst.path])
+    test_eq(burst.sol.nunique(), 1)
+    burst[['sol', 'camera', 'sequence']].drop_duplicates()
+
+    messy = tmp/'messy'
+    for name in ('in/a.jpg', 'in/notes', 'in/b.fits', 'in/.cache/c.jpg', 'more/d.jp2', 'more/e.jpg'):
+        (messy/name).parent.mkdir(parents=True, exist_ok=True)
+        (messy/name).touch()
+    (messy/'in/linked').symlink_to('../more')
+    (messy/'more/back').symlink_to('../in')
+    plain = image_folder(messy/'in')
+    followed = image_folder(messy/'in', follow=True)
+    test_eq(plain.table.path.tolist(), ['a.jpg'])
+    test_eq(followed.table.path.tolist(), ['a.jpg', 'linked/d.jp2', 'linked/e.jpg'])
+    assert '1 linked folder (' in plain.left_out and 'linked' not in followed.left_out
+    (messy/'in/a.jpg').unlink()
+    with expect_fail(MarsclrError, 'holds no images'): image_folder(messy/'in')
+    with expect_fail(MarsclrError, 'is not a folder'): image_folder(messy/'nowhere')
+    print(plain.left_out.replace('; ', '\n'))
+
+
+def test_decode_once():
+    plain_pack(yard, tmp/'plain', size=64)
+    squares = np.load(tmp/'plain/images.npy', mmap_mode='r')
+    table = pd.read_csv(tmp/'plain/table.csv')
+    test_eq(squares.shape, (200, 64, 64, 3))
+    test_eq(table.path.tolist(), names)
+    test_eq(squares[7], load_square(yard.root/names[7], 64))
+    show(squares[::34])
+    squares.shape, squares.dtype
+
+    def seconds_each(read, n=200):
+        start = time.perf_counter()
+        for i in range(n): read(i)
+        return (time.perf_counter()-start)/n
+
+    from_file = seconds_each(lambda i: load_square(yard.root/names[i], 64))
+    from_pack = seconds_each(lambda i: squares[i].copy())
+    assert from_pack < from_file
+    f'{from_file*1e6:.0f} µs to decode an image, {from_pack*1e6:.0f} µs to read it from the pack'
+
+    pack = pack_archive(yard, tmp/'yard.pack', size=64)
+    test_eq(pack[:].numpy(), squares)
+    test_eq(pack.table.path.tolist(), table.path.tolist())
+    wide = tmp/'wide'
+    wide.mkdir()
+    for i in range(3): yard.open(i).resize((412, 300)).save(wide/f'{i}.jpg')
+    wide = image_folder(wide)
+    plain_pack(wide, tmp/'wide-plain', size=48)
+    with redirect_stdout(io.StringIO()): wide_pack = pack_archive(wide, tmp/'wide.pack', size=48)
+    test_eq(wide_pack[:].numpy(), np.load(tmp/'wide-plain/images.npy'))
+
+
+def test_the_labeled_archives():
+    global labeled_yard
+    (tmp/'classes.csv').write_text('0,Sand\n1,Close-up rock\n')
+    (tmp/'labels.txt').write_text('a.jpg 0 train\nb.jpg 1 test\na.jpg 0 train\n')
+    classes = read_classes(tmp/'classes.csv')
+    labels = read_labels(tmp/'labels.txt', classes)
+    test_eq(classes, ['Sand', 'Close-up rock'])
+    test_eq(len(labels), 2)
+    labels
+
+    def label_text(text):
+        (tmp/'labels.txt').write_text(text)
+        return read_labels(tmp/'labels.txt', classes)
+
+    toy = Archive('toy', tmp, make_table(labels.name, 'toy', label=labels.label), classes)
+    with expect_fail(MarsclrError, 'the first is a.jpg'): check_files(toy)
+    with expect_fail(MarsclrError, 'line 1: class 7 is not among the 2'): label_text('a.jpg 7\n')
+    with expect_fail(MarsclrError, 'line 2: expected `NAME ID`'): label_text('a.jpg 0\nb.jpg sand\n')
+    with expect_fail(MarsclrError, 'a.jpg has more than one label'): label_text('a.jpg 0\na.jpg 1\n')
+    with expect_fail(MarsclrError, 'nowhere is missing'): read_labels('nowhere', classes)
+
+    (tmp/'classes.csv').write_bytes(b'\xef\xbb\xbf"0","Rock, float"\r\n1,Close-up rock,,\r\n')
+    (tmp/'labels.txt').write_bytes(b'\xef\xbb\xbfa.jpg,0,train \r\n'
+                                   b'"my ""best"" b.jpg",1,test\r\nc,1.jpg 1\r\n')
+    classes = read_classes(tmp/'classes.csv')
+    test_eq(classes, ['Rock, float', 'Close-up rock'])
+    test_eq(read_labels(tmp/'labels.txt', classes).values.tolist(),
+            [['a.jpg', 0, 'train'], ['my "best" b.jpg', 1, 'test'], ['c,1.jpg', 1, '']])
+    (tmp/'classes.csv').write_text('id,name\n0,Rock\n')
+    wrong = "line 1: ids must run from 0 up, here `0,NAME`; found 'id,name'"
+    with expect_fail(MarsclrError, wrong): read_classes(tmp/'classes.csv')
     classes
+
+    labeled_yard = msl(tmp/'yard')
+    test_eq(labeled_yard.table.split.unique().tolist(), ['train', 'val', 'test'])
+    test_eq(sorted(labeled_yard.table.path), ['images/'+name for name in names])
+    labeled_yard
+
+    for name in ('n02/b.JPEG', 'n01/a.jpg', '.hidden/c.jpg'):
+        (tmp/'natural'/name).parent.mkdir(parents=True)
+        Image.new('RGB', (8, 8)).save(tmp/'natural'/name, 'JPEG')
+    natural = imagenet(tmp/'natural')
+    test_eq(natural.table.path.tolist(), ['n01/a.jpg', 'n02/b.JPEG'])
+    test_eq(natural.table.label.tolist(), [0, 1])
+    test_eq(natural.open(0).size, (8, 8))
+    with expect_fail(MarsclrError, 'has no images in class folders'): imagenet(tmp/'natural/n01')
 
 
 @needs_real_images
-def test_the_labeled_sets():
+def test_the_labeled_archives_on_real_images():
     global labeled
+    def random_squares(folder, n=12, seed=0):
+        files = sorted(Path(folder).rglob('*.jpg'))
+        chosen = np.random.default_rng(seed).choice(files, n, replace=False)
+        return [ImageOps.fit(Image.open(file).convert('RGB'), (96, 96)) for file in chosen]
+
+    mars = random_squares(data_root()/'curiosity')
+    earth = random_squares(data_root()/'imagenet-sample')
+    show(mars + earth);
+
     labeled = msl(), hirise()
     test_eq(labeled[0].table.split.value_counts().to_dict(), dict(train=5920, val=300, test=600))
-    test_eq([len(o.classes) for o in labeled], [19, 8])
+    test_eq([len(archive.classes) for archive in labeled], [19, 8])
     labeled
 
-
-def test_unlabeled_folders():
-    test_eq(say_left_out(Counter({'.txt': 2, 'hidden': 1})), '3 files of other kinds: .txt 2, hidden 1')
-    test_eq(say_left_out(Counter({'linked folders': 2})), '2 linked folders (--follow_links reads what is in there)')
-    test_eq(say_left_out(Counter()), '')
-    say_left_out(Counter({'.fits': 1, '.img': 1}))
-
-    with tempfile.TemporaryDirectory() as d:
-        d = Path(d)
-        with expect_fail(MarsclrError, 'holds no images'): image_folder(d)
-        with expect_fail(MarsclrError, 'is not a folder'): image_folder(d/'nowhere')
-        for o in ('n02/b.JPEG', 'n01/a.jpg', '.hidden/c.jpg'):
-            (d/o).parent.mkdir()
-            Image.new('RGB', (8, 8)).save(d/o, 'JPEG')
-        test_eq(image_folder(d).table.path.tolist(), ['n01/a.jpg', 'n02/b.JPEG'])
-        test_eq(imagenet(d).table.label.tolist(), [0, 1])
-        test_eq(imagenet(d).open(0).size, (8, 8))
-
-    with tempfile.TemporaryDirectory() as d:
-        d = Path(d)
-        for o in ('in/a.jpg', 'in/notes', 'in/b.fits', 'in/.cache/c.jpg', 'more/d.jp2', 'more/e.jpg'):
-            (d/o).parent.mkdir(parents=True, exist_ok=True)
-            (d/o).touch()
-        (d/'in/linked').symlink_to('../more')
-        (d/'more/back').symlink_to('../in')
-        plain,followed = image_folder(d/'in'),image_folder(d/'in', follow=True)
-        test_eq(plain.table.path.tolist(), ['a.jpg'])
-        test_eq(followed.table.path.tolist(), ['a.jpg', 'linked/d.jp2', 'linked/e.jpg'])
-        assert '1 linked folder (' in plain.left_out and 'linked' not in followed.left_out
-        (d/'in/a.jpg').unlink()
-        with expect_fail(MarsclrError, 'holds no images'): image_folder(d/'in')
-    plain.left_out
+    for i,archive in enumerate(labeled):
+        some = archive.where(np.arange(0, len(archive), len(archive)//60))
+        plain_pack(some, tmp/f'real-{i}', size=192)
+        real_pack = pack_archive(some, tmp/f'real-{i}.pack', size=192)
+        test_eq(real_pack[:].numpy(), np.load(tmp/f'real-{i}/images.npy'))
+    real_pack
 
 
-def test_subsets_and_mixed_domains():
-    a = Archive('rocks', Path('/d/rocks'), make_table(['1.jpg', '2.jpg', '3.jpg'], 'rocks', label=[0, 1, 1]), ['float', 'layers'])
-    b = Archive('cats', Path('/d/cats'), make_table(['1.jpg', '2.jpg'], 'cats', label=[0, -1]), ['cat'])
+def test_subsets_and_mixtures():
+    three = make_table(['1.jpg', '2.jpg', '3.jpg'], 'rocks', label=[0, 1, 1])
+    two = make_table(['1.jpg', '2.jpg'], 'cats', label=[0, -1])
+    a = Archive('rocks', Path('/d/rocks'), three, ['float', 'layers'])
+    b = Archive('cats', Path('/d/cats'), two, ['cat'])
     mixed = concat(a, b)
-    test_eq(mixed.table.path.tolist(), ['rocks/1.jpg', 'rocks/2.jpg', 'rocks/3.jpg', 'cats/1.jpg', 'cats/2.jpg'])
+    test_eq(mixed.table.path.tolist(),
+            'rocks/1.jpg rocks/2.jpg rocks/3.jpg cats/1.jpg cats/2.jpg'.split())
     test_eq(mixed.table.label.tolist(), [0, 1, 1, 2, -1])
     test_eq(mixed.classes, ['float', 'layers', 'cat'])
     test_eq(concat(a, b, b).table.label.tolist(), [0, 1, 1, 2, -1, 2, -1])
+    mixed.table[['path', 'domain', 'label']]
+
     test_eq(subset(mixed, 3).table.path.tolist(), subset(mixed, 3).table.path.tolist())
+    test_ne(subset(yard, 20).table.path.tolist(), subset(yard, 20, seed=1).table.path.tolist())
+    test_eq(subset(mixed, 5).table.path.tolist(), mixed.table.path.tolist())
     with expect_fail(MarsclrError, 'a subset of 9 images cannot be drawn from the 5'): subset(mixed, 9)
-    mixed.table
+
+
+def test_how_alike_are_they():
+    global share_within
+    def share_within(labels):
+        "The share of pairs of images that have the same label"
+        n = pd.Series(labels).value_counts()
+        return (n*(n-1)).sum()/(n.sum()*(n.sum()-1))
+
+    letters = list('aaabbc')
+    pairs = [(i, j) for i in range(6) for j in range(6) if i != j]
+    test_close(share_within(letters), np.mean([letters[i] == letters[j] for i,j in pairs]))
+    yard_share = share_within(labeled_yard.table.label)
+    assert .08 < yard_share < .15
+    f'{yard_share:.1%} of the pairs of MarsYard share a class'
 
 
 @needs_real_images
-def test_the_rover_pool():
-    global pool
+def test_how_alike_are_they_on_real_images():
+    global pool, sizes
     pool = rovers(v1_labels=True)
-    test_eq(len(pool), 7373)
-    test_eq((pool.table.label >= 0).sum(), 6691)
-    n = pool.table.label[pool.table.label >= 0].value_counts()
-    same = (n*(n-1)).sum()/(n.sum()*(n.sum()-1))
-    test_close(same, .199, eps=1e-3)
-    f'{same:.1%} of the labeled pairs share a class'
+    known = pool.table[pool.table.label >= 0]
+    test_eq((len(pool), len(known)), (7373, 6691))
+    archives = {'Curiosity (v1 labels)': known, 'MSL v2.1': labeled[0].table,
+                'HiRISE v3.2': labeled[1].table, 'ImageNet, 1000 classes': imagenet().table}
+    same_class = pd.Series({name: share_within(table.label) for name,table in archives.items()})
+    test_close(same_class['Curiosity (v1 labels)'], .199, eps=1e-3)
+    assert same_class[:3].min() > 100*same_class['ImageNet, 1000 classes']
+    false = 255*same_class['Curiosity (v1 labels)']
+    print(f'in a batch of 256 images of Curiosity, {false:.0f} of the 255 negatives are false')
+    same_class.map('{:.1%} of the pairs share a class'.format)
 
-    def pairs(n): return (n*(n-1)/2).sum()
-    t = pool.table[(pool.table.label >= 0) & (pool.table.sequence != '')]
+    def count_pairs(groups): return (groups.size()*(groups.size()-1)/2).sum()
+
     burst = ['rover', 'camera', 'sol', 'sequence']
-    agree = pairs(t.groupby([*burst, 'label']).size())/pairs(t.groupby(burst).size())
+    in_bursts = known[known.sequence != '']
+    agree = count_pairs(in_bursts.groupby([*burst, 'label']))/count_pairs(in_bursts.groupby(burst))
     test_close(agree, .945, eps=1e-3)
     f'{agree:.1%} of the pairs within a burst share a class'
 
+    sizes = in_bursts.groupby(burst).path.transform('size')
+    ground = in_bursts[(sizes >= 6) & (in_bursts.label == pool.classes.index('ground'))]
+    one_burst = ground.groupby(burst).filter(lambda group: len(group) >= 6)[:6]
+    test_eq(len(one_burst[burst].drop_duplicates()), 1)
+    show([load_square(pool.root/path, 96) for path in one_burst.path],
+         [pool.classes[label] for label in one_burst.label]);
+
 
 def test_table_1_and_figure_1_from_the_files_at_hand():
-    test_eq(is_copy(make_table(['a-fh.jpg', 'a-brt.jpg', 'a_DRCL.jpg'], 'x')).tolist(), [True, True, False])
+    three = make_table(['a-fh.jpg', 'a-brt.jpg', 'a_DRCL.jpg'], 'x')
+    test_eq(is_copy(three).tolist(), [True, True, False])
 
 
 @needs_real_images
 def test_table_1_and_figure_1_from_the_files_at_hand_on_real_images():
-    paper = {'Perseverance': 112535, 'Curiosity': 100000, 'MSL v2.1': '5920 / 300 / 600', 'HiRISE v3.2': '6997 / 2025 / 1793'}
-    ours = {o.name: o for o in (image_folder(data_root()/'perseverance', 'Perseverance'), image_folder(data_root()/'curiosity', 'Curiosity'), *labeled)}
-    def size(a): return ' / '.join(str((a.table.split == s).sum()) for s in ('train', 'val', 'test')) if a.classes else len(a)
-    table1 = pd.DataFrame([dict(name=a.name, paper=paper.get(a.name.capitalize() if not a.classes else a.name), here=size(a), classes=len(a.classes),
-                                cameras=a.table.camera.nunique(), sols=f'{a.table.sol[a.table.sol >= 0].min()}-{a.table.sol.max()}' if (a.table.sol >= 0).any() else '-')
-                           for a in ours.values()])
-    test_eq(table1.here.tolist(), [538, 6835, '5920 / 300 / 600', '3337 / 970 / 923'])
-    table1
+    global sizes
+    ours = {'Perseverance': image_folder(data_root()/'perseverance'),
+            'Curiosity': image_folder(data_root()/'curiosity'),
+            'MSL v2.1': labeled[0], 'HiRISE v3.2': labeled[1]}
+    paper = {'Perseverance': 112535, 'Curiosity': 100000,
+             'MSL v2.1': '5920 / 300 / 600', 'HiRISE v3.2': '6997 / 2025 / 1793'}
 
-    def panel(archive, axs, n=6, seed=1):
-        pick = subset(archive, n, seed)
-        for i,ax in enumerate(axs):
-            ax.imshow(pick.open(i).resize((96, 96)))
-            ax.set_axis_off()
-            if archive.classes: ax.set_title(archive.classes[pick.table.label[i]], fontsize=7)
+    def sizes(archive):
+        if not archive.classes: return len(archive)
+        counts = archive.table.split.value_counts()
+        return ' / '.join(str(counts[split]) for split in ('train', 'val', 'test'))
+
+    def sol_range(archive):
+        known = archive.table.sol[archive.table.sol >= 0]
+        return f'{known.min()}-{known.max()}' if len(known) else '-'
+
+    def describe(archive):
+        return dict(here=sizes(archive), classes=len(archive.classes),
+                    cameras=archive.table.camera.nunique(), sols=sol_range(archive))
+
+    table1 = pd.DataFrame([dict(name=name, paper=paper[name]) | describe(archive)
+                           for name,archive in ours.items()])
+    test_eq(table1.here.tolist(), [538, 6835, '5920 / 300 / 600', '3337 / 970 / 923'])
+    table1.set_index('name')
 
     fig,axs = plt.subplots(4, 6, figsize=(7, 5.2), dpi=60)
-    for (name,a),row in zip(ours.items(), axs):
-        panel(a, row)
+    for row,(name,archive) in zip(axs, ours.items()):
+        chosen = subset(archive, 6, seed=1)
+        for i,ax in enumerate(row):
+            ax.imshow(chosen.open(i).resize((96, 96)))
+            ax.set_axis_off()
+            if archive.classes: ax.set_title(archive.classes[chosen.table.label[i]], fontsize=7)
         row[0].text(-12, 48, name, rotation=90, va='center', ha='center', fontsize=8)
     fig.suptitle('Fig. 1 from the files at hand: six random images of each set', fontsize=9);
 
 
 @needs_real_images
 def test_how_unbalanced():
-    global m
-    m = labeled[0]
-    share = m.where(~is_copy(m.table)).table.label.value_counts(normalize=True).sort_index()*100
+    global originals
+    originals = labeled[0].where(~is_copy(labeled[0].table))
+    share = originals.table.label.value_counts(normalize=True).sort_index()*100
     test_eq([round(share[i], 2) for i in (3, 0)], [34.76, .34])
     fig,ax = plt.subplots(figsize=(7, 2.4), dpi=70)
-    ax.bar(m.classes, share)
+    ax.bar(originals.classes, share)
     ax.tick_params(axis='x', rotation=90, labelsize=7)
-    ax.set(ylabel='share of the 2900 originals, %', title='MSL v2.1: class frequencies');
+    ax.set(ylabel=f'share of the {len(originals)} originals, %', title='MSL v2.1: class frequencies');
+
+
+def test_what_could_spoil_a_comparison():
+    shutil.rmtree(tmp)
 
 
 @needs_real_images
-def test_what_is_awkward():
-    copies = pd.crosstab(m.table.split, is_copy(m.table)).rename(columns={False: 'originals', True: 'copies'})
-    test_eq(copies.loc['train'].tolist(), [2000, 3920])
+def test_what_could_spoil_a_comparison_on_real_images():
+    table = labeled[0].table
+    copies = pd.crosstab(table.split, np.where(is_copy(table), 'copies', 'originals'))
+    test_eq(copies.loc['train', ['originals', 'copies']].tolist(), [2000, 3920])
     test_eq(copies.loc[['val', 'test'], 'copies'].tolist(), [0, 0])
     copies
 
-    a = m.where((m.table.label == m.classes.index('Artifact')) & ~is_copy(m.table))
-    pixels = pd.Series([a.open(i).tobytes() for i in range(len(a))]).map(hash)
-    leaked = a.table.assign(pixels=pixels).groupby('pixels').filter(lambda g: {'train', 'test'} <= set(g.split))
+    artifacts = originals.where(originals.table.label == originals.classes.index('Artifact'))
+    pixels = [hash(artifacts.open(i).tobytes()) for i in range(len(artifacts))]
+    by_pixels = artifacts.table.assign(pixels=pixels).groupby('pixels')
+    leaked = by_pixels.filter(lambda group: {'train', 'test'} <= set(group.split))
     test_eq(leaked.split.value_counts().to_dict(), dict(test=3, train=2))
-    fig,axs = plt.subplots(1, 5, figsize=(7, 1.7), dpi=70)
-    for ax,o in zip(axs, leaked.itertuples()):
-        ax.imshow(a.open(o.Index))
-        ax.set_title(f'{o.split}, sol {o.sol}', fontsize=8)
-        ax.set_axis_off()
+    show([artifacts.open(i) for i in leaked.index],
+         [f'{row.split}, sol {row.sol}' for row in leaked.itertuples()], columns=5);
 
-    sols = m.table.groupby('split').sol.agg(['min', 'max']).loc[['train', 'val', 'test']]
+    sols = table.groupby('split').sol.agg(['min', 'max']).loc[['train', 'val', 'test']]
     test_eq(sols.to_numpy().tolist(), [[3, 948], [952, 1918], [1922, 2224]])
+    print(f"{sols.loc['test', 'min'] - sols.loc['train', 'max']} sols between train and test")
     sols
 
-    names = set(pool.table.path.map(os.path.basename))
-    overlap = m.table[m.table.path.map(os.path.basename).isin(names)].split.value_counts().to_dict()
+    in_pool = table.path.map(os.path.basename).isin(pool.table.path.map(os.path.basename))
+    overlap = table[in_pool].split.value_counts().to_dict()
     test_eq(overlap, dict(train=135))
     overlap

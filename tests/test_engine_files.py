@@ -9,16 +9,42 @@ import subprocess, sys
 from unittest.mock import patch
 from fastcore.test import *
 from marsclr.engine.files import *
-from marsclr.engine.files import _stop
 
 
 def test_one_line_when_the_input_is_wrong():
     test_eq(one_line(ValueError('two\n  lines')), 'ValueError: two lines')
+    test_eq(len(one_line(ValueError('x'*1000))), 150)
+    with expect_fail(ValueError, 'size 4 is too small'): raise MarsclrError('size 4 is too small')
 
-    with expect_fail(Stopped, 'stopped by SIGTERM'), on_signal(_stop): os.kill(os.getpid(), signal.SIGTERM)
+
+def test_stopped_by_a_signal():
+    before = signal.getsignal(signal.SIGTERM)
+    with expect_fail(Stopped, 'stopped by SIGTERM'), on_signal(raise_stopped):
+        os.kill(os.getpid(), signal.SIGTERM)
+    test_eq(signal.getsignal(signal.SIGTERM), before)
+    assert not issubclass(Stopped, Exception)
+
+
+def test_where_the_images_are():
+    with patch.dict(os.environ, MARSCLR_DATA='/mars'): test_eq(data_root(), Path('/mars'))
+    with patch.dict(os.environ, MARSCLR_DATA='', XDG_CACHE_HOME='/cache'):
+        test_eq(data_root(), Path('/cache/marsclr'))
+    with patch.dict(os.environ, MARSCLR_DATA='', XDG_CACHE_HOME=''):
+        test_eq(data_root(), Path.home()/'.cache/marsclr')
 
 
 def test_whole_files_or_none():
+    with tempfile.TemporaryDirectory() as d:
+        with expect_fail(MarsclrError, f'{d} exists: remove it or give another folder'): check_new(d)
+        check_new(f'{d}/new')
+        check_writable(f'{d}/new/run')
+    with tempfile.TemporaryDirectory() as d, patch('os.access', lambda path, mode: False):
+        refused = f'{d} cannot be written to: give another place for run (by --to'
+        with expect_fail(MarsclrError, refused): check_writable(f'{d}/new/run')
+        with patch.dict(os.environ, MARSCLR_DATA=d):
+            with expect_fail(MarsclrError, 'set MARSCLR_DATA to a folder of yours'):
+                check_writable(f'{d}/curiosity')
+
     with tempfile.TemporaryDirectory() as d:
         log = Path(d)/'log.csv'
         log.write_text('epoch 1')
@@ -28,8 +54,10 @@ def test_whole_files_or_none():
         test_eq(log.read_text(), 'epoch 1')
         with atomic_write(log, before=Path(d)/'old.csv') as p: p.write_text('epoch 1, epoch 2')
         test_eq([log.read_text(), (Path(d)/'old.csv').read_text()], ['epoch 1, epoch 2', 'epoch 1'])
-        with expect_fail(OSError), atomic_write(Path(d)/'deep/er/log.csv') as p: raise OSError('disk full')
-        test_eq(sorted(o.name for o in Path(d).iterdir()), ['log.csv', 'old.csv'])
+        with expect_fail(OSError), atomic_write(Path(d)/'deep/er/log.csv'): raise OSError('disk full')
+        test_eq(sorted(path.name for path in Path(d).iterdir()), ['log.csv', 'old.csv'])
+        with atomic_write(Path(d)/'deep/er/log.csv') as p: p.write_text('epoch 1')
+        test_eq((Path(d)/'deep/er/log.csv').read_text(), 'epoch 1')
 
     with tempfile.TemporaryDirectory() as d:
         write_json(Path(d)/'a.json', {'seed': 1})
@@ -37,61 +65,74 @@ def test_whole_files_or_none():
         test_eq(read_json(Path(d)/'a.json', 'seed'), {'seed': 1})
         with expect_fail(MarsclrError, 'cannot be read as JSON'): read_json(Path(d)/'b.json')
         with expect_fail(MarsclrError, 'holds no lr'): read_json(Path(d)/'a.json', 'lr')
-
-    with tempfile.TemporaryDirectory() as d:
-        run = Path(d)/'deep/run'
-        with file_lock(run), expect_fail(MarsclrError, 'deep/run is in use by another process'), file_lock(run): pass
-        with file_lock(run), expect_fail(MarsclrError, 'my-run is in use by another process'), file_lock(run, shown='my-run'): pass
-        with file_lock(run), file_lock(run, 'other.lock'): pass
-        with expect_fail(KeyError), file_lock(run): raise KeyError
-        with file_lock(run): test_eq(sorted(o.name for o in run.iterdir()), ['.lock', 'other.lock'])
-
-    with tempfile.TemporaryDirectory() as d:
-        hold = f"import sys; from marsclr.engine.files import file_lock\nwith file_lock({d!r}): print('held', flush=True); sys.stdin.read()"
-        other = subprocess.Popen([sys.executable, '-c', hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        test_eq(other.stdout.readline(), 'held\n')
-        with expect_fail(MarsclrError, 'is in use by another process'), file_lock(d): pass
-        other.kill()
-        other.communicate()
-        with file_lock(d): test_eq(other.returncode, -signal.SIGKILL)
-
-    with expect_fail(MarsclrError, 'interrupted: half is in d, the same command goes on from there'), explain_interruption('d', 'half is in d'): raise KeyboardInterrupt
-    with expect_fail(MarsclrError, 'no room is left on the disk of d: make some, the same command'), explain_interruption('d', 'half is in d'): raise OSError(errno.ENOSPC, 'disk full')
-    with expect_fail(Stopped, 'stopped: half is in d, the same command'), explain_interruption('d', 'half is in d'): raise Stopped('stopped by SIGTERM')
-    with expect_fail(FileNotFoundError), explain_interruption('d', 'half is in d'): raise FileNotFoundError
+        write_json(Path(d)/'list.json', [1, 2])
+        with expect_fail(MarsclrError, 'holds no {'): read_json(Path(d)/'list.json')
 
     with tempfile.TemporaryDirectory() as d:
         table = Path(d)/'table.csv'
         append_rows(table, [dict(method='eq. 1', commit='8e10', accuracy=2/3)])
         append_rows(table, [dict(method='DCL, pixels', accuracy=1)])
         test_eq(table.read_text(), 'method,commit,accuracy\neq. 1,8e10,0.666667\n"DCL, pixels",,1\n')
-        with expect_fail(MarsclrError, "no column 'seed'"): append_rows(table, [dict(method='eq. 1', seed=42)])
+        with expect_fail(MarsclrError, "no column 'seed'"):
+            append_rows(table, [dict(method='eq. 1', seed=42)])
         test_eq(len(pd.read_csv(table)), 2)
         table.write_text('a,b\n1,2')
         append_rows(table, [dict(a=3, b=1e-5)])
         test_eq(table.read_text(), 'a,b\n1,2\n3,1e-05\n')
 
 
+def test_one_process_at_a_time():
+    with tempfile.TemporaryDirectory() as d:
+        run = Path(d)/'deep/run'
+        with file_lock(run):
+            with expect_fail(MarsclrError, 'deep/run is in use by another process'):
+                with file_lock(run): pass
+            with expect_fail(MarsclrError, 'my-run is in use by another process'):
+                with file_lock(run, shown='my-run'): pass
+            with file_lock(run, 'other.lock'): pass
+        with expect_fail(KeyError), file_lock(run): raise KeyError
+        with file_lock(run): test_eq({path.name for path in run.iterdir()}, {'.lock', 'other.lock'})
+
+    with tempfile.TemporaryDirectory() as d:
+        program = f'''import sys
+from marsclr.engine.files import file_lock
+with file_lock({d!r}):
+    print('held', flush=True)
+    sys.stdin.read()'''
+        other = subprocess.Popen([sys.executable, '-c', program],
+                                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        test_eq(other.stdout.readline(), 'held\n')
+        with expect_fail(MarsclrError, 'is in use by another process'), file_lock(d): pass
+        other.kill()
+        other.communicate()
+        with file_lock(d): test_eq(other.returncode, -signal.SIGKILL)
+
+
+def test_interrupted_work():
+    def interrupt(by):
+        with explain_interruption('d', 'half is in d'): raise by
+
+    with expect_fail(MarsclrError, 'interrupted: half is in d, the same command goes on from there'):
+        interrupt(KeyboardInterrupt())
+    with expect_fail(MarsclrError, 'no room is left on the disk of d: make some, the same command'):
+        interrupt(OSError(errno.ENOSPC, 'disk full'))
+    with expect_fail(Stopped, 'stopped: half is in d, the same command'):
+        interrupt(Stopped('stopped by SIGTERM'))
+    with expect_fail(FileNotFoundError): interrupt(FileNotFoundError())
+
+
 def test_text_from_other_programs():
     with tempfile.TemporaryDirectory() as d:
         text = Path(d)/'labels.txt'
-        text.write_bytes(b'\xef\xbb\xbfa.jpg 0  \r\nb\xc3\xa9.jpg 1\r\n')
-        test_eq(read_lines(text), ['a.jpg 0', 'bé.jpg 1', ''])
+        text.write_bytes(b'\xef\xbb\xbfa.jpg 0  \r\n\r\nb\xc3\xa9.jpg 1\r\n')
+        test_eq(read_lines(text), ['a.jpg 0', '', 'bé.jpg 1', ''])
+        test_eq(numbered_lines(text), [(1, 'a.jpg 0'), (3, 'bé.jpg 1')])
         text.write_bytes('a.jpg 0'.encode('utf-16'))
-        with expect_fail(MarsclrError, 'labels.txt is text in UTF-16: save it as UTF-8'): read_lines(text)
+        with expect_fail(MarsclrError, 'labels.txt is text in UTF-16: save it as UTF-8'):
+            read_lines(text)
         text.write_bytes(b'a.jpg 0\nb\xe9.jpg 1\n')
-        with expect_fail(MarsclrError, 'not a text file in UTF-8 (byte 0xe9 in line 2)'): read_lines(text)
+        with expect_fail(MarsclrError, 'not a text file in UTF-8 (byte 0xe9 in line 2)'):
+            read_lines(text)
         text.write_bytes(bytes(9))
         with expect_fail(MarsclrError, 'is not a text file'): read_lines(text)
         with expect_fail(MarsclrError, 'nowhere cannot be read: No such file'): read_lines('nowhere')
-
-
-def test_where_the_images_are():
-    with patch.dict(os.environ, MARSCLR_DATA='/mars'): test_eq(data_root(), Path('/mars'))
-    with patch.dict(os.environ, MARSCLR_DATA='', XDG_CACHE_HOME='/cache'): test_eq(data_root(), Path('/cache/marsclr'))
-    with patch.dict(os.environ, MARSCLR_DATA='', XDG_CACHE_HOME=''): test_eq(data_root(), Path.home()/'.cache/marsclr')
-
-    with tempfile.TemporaryDirectory() as d, patch('os.access', lambda path, mode: False):
-        with expect_fail(MarsclrError, f'{d} cannot be written to: give another place for run (by --to'): check_writable(f'{d}/new/run')
-        with patch.dict(os.environ, MARSCLR_DATA=d):
-            with expect_fail(MarsclrError, 'set MARSCLR_DATA to a folder of yours'): check_writable(f'{d}/curiosity')

@@ -3,47 +3,154 @@
 import csv, io, os, re, shutil, time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-import numpy as np
+import numpy as np, pandas as pd
 from fastcore.basics import patch
 from fastprogress import progress_bar
-from marsclr.engine.files import MarsclrError, sync_to_disk, file_lock, check_writable, explain_interruption
+from marsclr.engine.files import MarsclrError, check_new, check_writable, explain_interruption
+from marsclr.engine.files import file_lock, missing_parents, remove_empty, sync_to_disk
 from marsclr.engine.reading import read_pieces
 import tempfile
+from contextlib import closing
 from fastcore.test import *
 from PIL import Image
 from marsclr.datasets import image_folder
 from marsclr.engine.reading import Reading
 from marsclr.engine.pack_writer import *
-from marsclr.engine.pack_writer import _line
+from marsclr.engine.pack_writer import _portions
+
+
+def test_decoding_ahead():
+    global noise, paths, tmp
+    tmp = Path(tempfile.mkdtemp())
+    (tmp/'in').mkdir()
+    rng = np.random.default_rng(0)
+    noise = rng.integers(0, 256, (40, 16, 16, 3), dtype=np.uint8)
+    for i,image in enumerate(noise): Image.fromarray(image).save(tmp/f'in/{i:02}.png')
+    (tmp/'in/broken.png').touch()
+    paths = sorted((tmp/'in').iterdir())
+    one = list(decode_ahead(paths, 16, Reading(), workers=1))
+    three = list(decode_ahead(paths, 16, Reading(), workers=3))
+    reads = [read for _,some in one for read in some]
+    test_eq(one, three)
+    test_eq(b''.join(pixels for pixels,_ in one), noise.tobytes())
+    test_eq([read.reason for read in reads], ['']*40 + ['ValueError: the file is empty'])
+    [len(some) for _,some in one]
+
+    test_eq(_portions(192, Reading(), 2), (9, 67))
+    test_eq(_portions(64, Reading(), 2)[0], 16)
+    test_eq(_portions(1024, Reading(), 2), (1, 21))
+    test_eq(_portions(8192, Reading(), 4), (1, 4))
+    test_eq(_portions(64, Reading(tiles=True), 4), (1, 4))
 
 
 def test_lines_of_the_tables():
     name = 'line\nend, "comma" caf\udce9.jpg'
-    test_eq(_line([name, float('nan'), 3]), b'"line\nend, ""comma"" caf\xe9.jpg",,3\n')
-    test_eq(next(csv.reader(io.StringIO(_line([name]).decode(errors='surrogateescape'), newline=''))), [name])
-    _line([name, float('nan'), 3])
+    line = csv_line([name, float('nan'), 3])
+    test_eq(line, b'"line\nend, ""comma"" caf\xe9.jpg",,3\n')
+    back = io.StringIO(line.decode(errors='surrogateescape'), newline='')
+    test_eq(next(csv.reader(back)), [name, '', '3'])
+    test_eq(csv_line(['a\rb']), b'"a\rb"\n')
+    line
+
+    f = io.BytesIO(b'a.jpg,0f\nb.jpg,1\n')
+    test_eq(next_line_matches(f, b'b.jpg,', rb'.+\n'), False)
+    test_eq(f.tell(), 0)
+    test_eq(next_line_matches(f, b'a.jpg,', rb'[0-9a-f]{2}\n'), True)
+    test_eq(next_line_matches(f, b'b.jpg,', rb'[0-9a-f]{2}\n'), False)
+    test_eq(f.read(), b'b.jpg,1\n')
+
+    saved = io.BytesIO()
+    np.save(saved, noise)
+    test_eq(saved.getvalue(), npy_header(40, 16) + noise.tobytes())
+    test_eq(len(npy_header(0, 192)), len(npy_header(10**9, 192)))
+    test_eq(npy_side(io.BytesIO(npy_header(0, 192))), 192)
+    test_eq(npy_side(io.BytesIO(b'')), 0)
+    test_eq(npy_side(io.BytesIO(b'not an array')), 0)
 
 
 def test_files_that_grow():
-    with tempfile.TemporaryDirectory() as d:
-        d = Path(d)
-        (d/'in').mkdir()
-        for i in range(2): Image.fromarray(np.random.default_rng(i).integers(0, 256, (40, 64, 3), dtype=np.uint8)).save(d/f'in/{i}.png')
-        (d/'in/broken.png').touch()
-        archive,reading = image_folder(d/'in'),Reading(tiles=True)
-        def write(cut=None):
-            if cut: os.truncate(d/'table.csv', cut)
-            writer = PackWriter(d, archive, 16, tiles=True)
+    archive = image_folder(tmp/'in')
+    def write(folder, size=16, **kwargs):
+        "Pack the archive; what was kept (images read, not read, squares), and the files"
+        folder.mkdir(exist_ok=True)
+        with closing(PackWriter(folder, archive, size, **kwargs)) as writer:
             kept = writer.good,writer.bad,writer.squares
-            writer.add(decode_ahead([archive.root/p for p in archive.table.path[writer.good+writer.bad:]], 16, reading, 1))
-            writer.close()
-            return kept, [(d/o).read_bytes() for o in ('images.npy', 'table.csv', 'quarantine.csv')]
-        (kept,whole),lines = write(),(d/'table.csv').read_text().splitlines()
-        test_eq(np.load(d/'images.npy').shape, (24, 16, 16, 3))
-        test_eq(kept, (0, 0, 0))
-        middle = len('\n'.join(lines[:19])) + 1
-        test_eq(write(middle), ((1, 0, 12), whole))
-        test_eq(write()[0], (2, 1, 24))
-    lines[:2]
+            paths = [archive.root/path for path in archive.table.path[sum(kept[:2]):]]
+            writer.add(decode_ahead(paths, size, Reading(**kwargs), workers=2))
+        return kept, {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+    kept,whole = write(tmp/'pack')
+    test_eq(kept, (0, 0, 0))
+    test_eq(np.load(tmp/'pack/images.npy'), noise)
+    test_eq(whole['quarantine.csv'], b'path,reason\nbroken.png,ValueError: the file is empty\n')
+    test_eq(write(tmp/'pack'), ((40, 1, 40), whole))
+    os.truncate(tmp/'pack/table.csv', 1000)
+    kept,files = write(tmp/'pack')
+    test_eq(files, whole)
+    assert 0 < kept[0] < 40
+    kept
+
+    (tmp/'empty').mkdir()
+    for name in ('x.png', 'y.png'): (tmp/'empty'/name).touch()
+    (tmp/'none').mkdir()
+    with closing(PackWriter(tmp/'none', image_folder(tmp/'empty'), 16)) as writer:
+        writer.add(decode_ahead(sorted((tmp/'empty').iterdir()), 16, Reading(), workers=1))
+    nothing = "none of the 2 images of empty can be read, the first: 'x.png': ValueError: the file"
+    with expect_fail(MarsclrError, nothing): writer.check_some_read()
+
+    os.truncate(tmp/'pack/images.npy', len(npy_header(40, 16)) + 5*3*16**2 + 7)
+    test_eq(write(tmp/'pack'), ((5, 0, 5), whole))
+    test_eq(write(tmp/'pack', size=8)[0], (0, 0, 0))
+    test_eq(write(tmp/'pack'), ((0, 0, 0), whole))
+    table = whole['table.csv']
+    (tmp/'pack/table.csv').write_bytes(table.replace(b'sha256', b'sha512', 1))
+    test_eq(write(tmp/'pack'), ((0, 0, 0), whole))
+
+    class Impatient(PackWriter): flush_bytes = 1
+    (tmp/'impatient').mkdir()
+    with closing(Impatient(tmp/'impatient', archive, 16)) as writer:
+        writer.add(decode_ahead(paths, 16, Reading(), workers=2))
+        test_eq((writer.good, writer.bad, writer.squares), (40, 1, 40))
+    for name,content in whole.items(): test_eq((tmp/'impatient'/name).read_bytes(), content)
+
+    (tmp/'frames').mkdir()
+    for i in range(2):
+        frame = np.random.default_rng(i).integers(0, 256, (40, 64, 3), dtype=np.uint8)
+        Image.fromarray(frame).save(tmp/f'frames/{i}.png')
+    (tmp/'frames/broken.png').touch()
+    archive = image_folder(tmp/'frames')
+    kept,whole = write(tmp/'tiles', tiles=True)
+    lines = whole['table.csv'].splitlines(keepends=True)
+    test_eq(np.load(tmp/'tiles/images.npy').shape, (24, 16, 16, 3))
+    test_eq(kept, (0, 0, 0))
+    os.truncate(tmp/'tiles/table.csv', sum(map(len, lines[:19])))
+    test_eq(write(tmp/'tiles', tiles=True), ((1, 0, 12), whole))
+    test_eq(write(tmp/'tiles', tiles=True)[0], (2, 1, 24))
+    lines[0], lines[1][:24]
+
+    (tmp/'frames').rename(tmp/'unplugged')
+    with expect_fail(FileNotFoundError, 'has vanished: when it is back, the same command goes on'):
+        write(tmp/'vanished')
+    test_eq((tmp/'vanished/quarantine.csv').read_bytes(), b'path,reason\n')
+
+
+def test_a_folder_that_appears_when_it_is_whole():
+    to = tmp/'deep/er/new.pack'
+    with expect_fail(MarsclrError, 'no image'), unfinished(to): raise MarsclrError('no image')
+    test_eq((tmp/'deep').exists(), False)
+    with expect_fail(MarsclrError, 'interrupted: what has been decoded is in'):
+        with unfinished(to) as folder:
+            (folder/'half').touch()
+            raise KeyboardInterrupt
+    test_eq(folder.is_dir(), True)
+    with unfinished(to) as folder:
+        test_eq((folder/'half').exists(), True)
+        with expect_fail(MarsclrError, 'new.pack is in use by another process'), unfinished(to): pass
+    test_eq([path.name for path in to.iterdir()], ['half'])
+    test_eq(folder.exists(), False)
+    with expect_fail(MarsclrError, 'new.pack exists: remove it'), unfinished(to): pass
+
+    shutil.rmtree(tmp)

@@ -5,40 +5,104 @@ from dataclasses import dataclass
 from typing import Callable
 import numpy as np
 from PIL import Image, TiffImagePlugin
+import matplotlib.pyplot as plt
 from fastcore.test import *
+from marsclr.archives.marsyard import marsyard
 from marsclr.engine.pixels import *
-from marsclr.engine.pixels import _load_png, _numbers, _png, _retagged
+from marsclr.engine.pixels import _colours, _load_png, _number, _number_type, _numbers, _plane, _png, _png_data, _retagged
+
+
+def test_what_8_bits_keep():
+    scene = marsyard(n=1, size=96)[0][0].mean(-1)
+    scene = (scene-scene.min())/np.ptp(scene)
+    frame = (1000 + 400*scene).astype(np.uint16)
+    upper = frame//256
+    test_eq(len(np.unique(upper)), 3)
+    f'{np.unique(frame).size} values, of which the upper byte leaves {np.unique(upper).tolist()}'
+
+    kept = to_8_bits(unit_values(frame, 1000, 1400))
+    by_hand = np.floor((frame.astype(float)-1000)/400*255 + .5)
+    test_eq(kept, by_hand)
+    assert len(np.unique(kept)) >= 200
+    odd = np.array([[np.nan, -np.inf, np.inf, -9999, 5]])
+    test_eq(unit_values(odd, 0, 10, missing=-9999), [[0, 0, 1, 0, .5]])
+    test_eq(to_8_bits(np.array([0, .5, 1])), [0, 128, 255])
+    fig,axs = plt.subplots(1, 2, figsize=(4, 2.2), dpi=70)
+    for ax,x,name in zip(axs, (upper, kept), ('the upper byte', 'one range')):
+        ax.imshow(x, 'gray')
+        ax.set_title(f'{name}: {len(np.unique(x))} greys', fontsize=8)
+        ax.set_axis_off()
+
+
+def test_what_is_known_before_pixels_are_loaded():
+    global five, numbers
+    numbers = np.arange(30).reshape(2, 3, 5)
+    five = Values('a TIFF of 5 bands, uint16', (2, 3, 5), np.dtype(np.uint16), lambda: numbers)
+    test_eq(five.nbytes, 2*3*5*2)
+    test_eq(five.load()[0,0], [0, 1, 2, 3, 4])
+    huge = Values('a TIFF', (2**40, 2**40, 3), np.dtype(np.uint16), None)
+    test_eq(huge.nbytes, 3*2**81) # what a bomb claims does not overflow
 
 
 def test_three_colours_of_many_bands():
-    five = Values('a TIFF of 5 bands, uint16', (2, 3, 5), np.dtype(np.uint16), lambda: np.arange(30).reshape(2, 3, 5))
     test_eq(choose_bands(five, (3, 2, 1)).load()[0,0], [2, 1, 0])
     test_eq(choose_bands(five, (4,)).load()[...,0], [[3, 8, 13], [18, 23, 28]])
-    with expect_fail(ValueError, 'a TIFF of 5 bands, uint16: say which are red, green and blue, as in --bands 3,2,1'): choose_bands(five)
+    say_which = 'a TIFF of 5 bands, uint16: say which are red, green and blue, as in --bands 3,2,1'
+    with expect_fail(ValueError, say_which): choose_bands(five)
     with expect_fail(ValueError, 'there is no band 6'): choose_bands(five, (6, 2, 1))
-    five.nbytes
+    choose_bands(five, (3, 2, 1)).shape
+
+
+def test_tiff_the_tags():
+    global tags
+    saved = io.BytesIO()
+    Image.fromarray(np.zeros((2, 5), np.uint16)).save(saved, 'TIFF')
+    tags = tiff_tags(io.BytesIO(saved.getvalue()))
+    test_eq([tags[257], tags[256], tags[258]], [2, 5, (16,)])
+    test_eq(_number_type(tags), np.uint16)
+    test_eq(_number_type({258: (16, 16), 339: (2, 2)}), np.int16)
+    test_eq(_number_type({258: (32,), 339: (3,)}), np.float32)
+    for odd in ({258: (12,)}, {258: (8, 16)}, {258: (32,), 339: (6,)}): test_eq(_number_type(odd), None)
 
 
 def test_tiff_the_bytes():
+    global tags
     body = zlib.compress(bytes(range(8)))
     file = bytes(8) + body
-    tags = {256: [4], 257: [2], 258: [8], 259: [8], 262: [1], 277: [1], 278: [2], 273: [8], 279: [len(body)]}
-    for order in '<>': test_eq(np.asarray(Image.open(io.BytesIO(_retagged(file, order, tags)))), [[0, 1, 2, 3], [4, 5, 6, 7]])
+    tags = {256: [4], 257: [2], 258: [8], 259: [8], 262: [1], 277: [1], 278: [2],
+            273: [8], 279: [len(body)]}
+    for order in '<>':
+        opened = Image.open(io.BytesIO(_retagged(file, order, tags)))
+        test_eq(np.asarray(opened), [[0, 1, 2, 3], [4, 5, 6, 7]])
     len(_retagged(file, '<', tags)) - len(file)
+
+    two_bytes_each = {256: 2, 257: 2, 259: 8, 278: 2, 273: (8,), 279: (len(body),)}
+    test_eq(_plane(file, '<', two_bytes_each, 4, 2, slice(None)), [[0, 1, 2, 3], [4, 5, 6, 7]])
 
     row = np.array([[1000, 1003, 1001, 999]], '>u2')
     step = np.diff(row.astype(np.uint16), prepend=np.uint16(0)).astype('>u2')
-    test_eq(_numbers(step.view(np.uint8), np.dtype('>u2'), 1, 2)[0,:,0], row[0])
-    test_eq(_numbers(row.view(np.uint8), np.dtype('>u2'), 2, 1).shape, (1, 2, 2))
+    test_eq(_numbers(step.view(np.uint8), np.dtype('>u2'), 1, predictor=2)[0,:,0], row[0])
+    test_eq(_numbers(row.view(np.uint8), np.dtype('>u2'), 2, predictor=1).shape, (1, 2, 2))
     real = np.array([[.5, 1000.25]], '>f4')
-    by_weight = np.ascontiguousarray(real.view(np.uint8).reshape(1, 2, 4).transpose(0, 2, 1)).reshape(1, 8)
+    by_weight = real.view(np.uint8).reshape(1, 2, 4).transpose(0, 2, 1).reshape(1, 8)
     sums = np.diff(by_weight, prepend=np.uint8(0))
-    test_eq(_numbers(sums, np.dtype('<f4'), 1, 3)[0,:,0], real[0])
+    test_eq(_numbers(sums, np.dtype('<f4'), 1, predictor=3)[0,:,0], real[0])
     step
 
 
 def test_tiff_the_whole():
-    global rng
+    global rng, tags
+    test_eq([_number('-9999'), _number('no data'), _number(None)], [-9999, None, None])
+    def kept(rgb, extra): # of a TIFF of five bands
+        values = Values('', (2, 3, 5), np.dtype(np.uint16), lambda: numbers)
+        chosen = _colours(values, rgb, extra)
+        test_eq(chosen.load().shape, chosen.shape)
+        return chosen.shape[2], chosen.alpha
+
+    test_eq(kept(rgb=True, extra=(2, 0)), (4, True))
+    test_eq(kept(rgb=True, extra=(0, 0)), (3, False))
+    test_eq(kept(rgb=False, extra=()), (5, False))
+
     rng = np.random.default_rng(0)
     planar = rng.integers(0, 65536, (3, 10, 8), dtype=np.uint16)
     tags = {256: [8], 257: [10], 258: [16]*3, 259: [1], 262: [2], 277: [3], 278: [10], 284: [2],
@@ -46,24 +110,46 @@ def test_tiff_the_whole():
     file = _retagged(bytes(8) + planar.tobytes(), '<', tags)
     values = tiff_values(file)
     test_eq(values.load(), planar.transpose(1, 2, 0))
-    values.what, values.shape, np.asarray(Image.open(io.BytesIO(file)))[0,0], planar[:,0,0]//256
+    test_eq((values.what, values.shape), ('a TIFF of 3 bands, uint16', (10, 8, 3)))
+    by_pillow = np.asarray(Image.open(io.BytesIO(file)))[0,0]
+    print('first pixel, upper bytes:', planar[:,0,0]//256)
+    print('as Pillow reads it:      ', by_pillow)
 
     sea = rng.integers(0, 4000, (6, 7, 13)).astype('>i2')
-    tags = {256: [7], 257: [6], 258: [16]*13, 259: [1], 262: [1], 277: [13], 278: [6], 273: [8], 279: [sea.nbytes], 339: [2]*13}
+    tags = {256: [7], 257: [6], 258: [16]*13, 259: [1], 262: [1], 277: [13], 278: [6], 273: [8],
+            279: [sea.nbytes], 339: [2]*13}
     file = _retagged(bytes(8) + sea.tobytes(), '>', tags)
     with expect_fail(Image.UnidentifiedImageError): Image.open(io.BytesIO(file))
     test_eq(choose_bands(tiff_values(file), (4, 3, 2)).load(), sea[...,[3, 2, 1]])
-    with expect_fail(ValueError, 'a TIFF of 13 bands, int16: say which'): choose_bands(tiff_values(file))
+    with expect_fail(ValueError, 'a TIFF of 13 bands, int16: say which'):
+        choose_bands(tiff_values(file))
     tiff_values(file).what
+
+    def expect_refusal(message, **changes):
+        new = tags | {int(tag[1:]): numbers for tag,numbers in changes.items()}
+        spoiled = _retagged(bytes(8) + sea.tobytes(), '>', new)
+        with expect_fail(ValueError, message): tiff_values(spoiled)
+
+    expect_refusal('13 bands, int16, in compression 7: save it with LZW, deflate or none', t259=[7])
+    expect_refusal('in other colours than RGB: convert it', t262=[5])
+    expect_refusal('its tiles are larger than the image', t322=[2048], t323=[16])
+    test_eq(tiff_values(_retagged(bytes(8) + sea.tobytes(), '>', tags | {258: [12]*13})), None)
 
 
 def test_png_and_the_others():
+    grey = np.array([[0, 10, 20, 30], [0, 40, 50, 60]], np.uint8) # filter 0, then three pixels
+    file = _png(grey, 3, 0)
+    test_eq(np.asarray(Image.open(io.BytesIO(file))), grey[:,1:])
+    test_eq(zlib.decompress(_png_data(file)), grey.tobytes())
+
     colour = rng.integers(1000, 1400, (9, 5, 3), dtype=np.uint16)
-    plain = np.concatenate([np.zeros((9, 1), np.uint8), colour.astype('>u2').view(np.uint8).reshape(9, 30)], 1)
+    filters = np.zeros((9, 1), np.uint8)
+    plain = np.concatenate([filters, colour.astype('>u2').view(np.uint8).reshape(9, 30)], 1)
     file = _png(plain, 5, 2, 16)
     opened = Image.open(io.BytesIO(file))
     test_eq(pillow_values(opened, file).load(), colour)
-    f'{len(np.unique(colour))} values in the file; Pillow keeps {np.unique(np.asarray(opened)).tolist()}'
+    print(f'{len(np.unique(colour))} values in the file')
+    print('Pillow keeps', np.unique(np.asarray(opened)).tolist())
 
     noise = rng.integers(0, 256, (10, 31), dtype=np.uint8)
     noise[:,0] = np.arange(10) % 5
@@ -72,7 +158,12 @@ def test_png_and_the_others():
     got = pillow_values(Image.open(io.BytesIO(file)), file).load()
     test_eq(got >> 8, upper)
     assert len(np.unique(got & 255)) > 100
-    with expect_fail(ValueError, 'truncated'): _load_png(_png(noise[:9], 5, 2, 16).replace(b'\0\0\0\x09', b'\0\0\0\x0a', 1))
+    nine_rows = _png(noise[:9], 5, 2, 16)
+    claims_ten = nine_rows.replace(b'\0\0\0\x09', b'\0\0\0\x0a', 1)
+    with expect_fail(ValueError, 'truncated'): _load_png(claims_ten)
 
     deep = io.BytesIO(b'P6\n# by hand\n2 1\n1023\n' + bytes(12))
-    with expect_fail(ValueError, 'PPM of 10 bits in colour: save it as PNG or TIFF'): pillow_values(Image.open(deep), deep.getvalue())
+    with expect_fail(ValueError, 'PPM of 10 bits in colour: save it as PNG or TIFF'):
+        pillow_values(Image.open(deep), deep.getvalue())
+    shallow = io.BytesIO(b'P6\n2 1\n255\n' + bytes(6))
+    test_eq(pillow_values(Image.open(shallow), shallow.getvalue()), None)

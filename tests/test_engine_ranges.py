@@ -5,54 +5,90 @@ from dataclasses import asdict, replace
 import numpy as np
 from PIL import Image, TiffImagePlugin
 from marsclr.engine.files import MarsclrError, read_json
-from marsclr.engine.pixels import _tags
-from marsclr.engine.reading import Reading, _file_bytes, _need_values, _pixels, check_size
-from marsclr.engine.reading import formats, open_image, to_8_bits, unit_values
-import tempfile
+from marsclr.engine.pixels import tiff_tags, to_8_bits, unit_values
+from marsclr.engine.reading import Reading, check_size, file_bytes, formats, open_image
+from marsclr.engine.reading import pixel_memory, values_memory
+import io, shutil, tempfile
+from contextlib import redirect_stdout
 from pathlib import Path
 from fastcore.test import *
 from marsclr.datasets import image_folder
 from marsclr.archives.marsyard import marsyard
 from marsclr.engine.ranges import *
+from marsclr.engine.ranges import _is_deep, _limits
 
 
-def test_opening():
-    with tempfile.TemporaryDirectory() as d:
-        d,scene = Path(d),marsyard(n=1, size=96)[0][0].mean(-1)
-        scene = (scene-scene.min())/np.ptp(scene)
-        for i,gain in enumerate(np.linspace(.5, 1, 20)):
-            Image.fromarray((1000 + 400*gain*scene).astype(np.uint16)).save(d/f'{i}.png')
-        hot = (1000 + 400*scene).astype(np.uint16)
-        hot[0,0] = 65535
-        Image.fromarray(hot).save(d/'hot.tif')
-        Image.new('RGB', (40, 20), 'red').save(d/'wide.png')
-        (d/'broken.png').write_bytes(b'not an image')
-        paths = sorted(d.glob('*.*'))
-        found = survey_values(paths)
-        low,high = found['range']
-        assert 990 < low < 1100 and 1300 < high < 1410 and found['levels'] >= 200
-        test_eq((found['images'], found['pixels']), (21, 'integer'))
-        test_eq(survey_values([d/'wide.png', d/'broken.png']), None)
-        test_eq(survey_values(paths, Reading((0, 65535)))['levels'], 3)
+def test_look_at_some_images():
+    global tmp
+    tmp = Path(tempfile.mkdtemp())
+    grey = np.zeros((8, 8))
+    Image.fromarray(grey.astype(np.uint8)).save(tmp/'8.png')
+    Image.fromarray(grey.astype(np.uint16)).save(tmp/'16.png')
+    Image.fromarray(grey.astype(np.uint8)).save(tmp/'8.tif')
+    Image.fromarray(grey.astype(np.float32)).save(tmp/'32.tif')
+    (tmp/'broken.png').write_bytes(b'not an image')
+    test_eq([_is_deep(tmp/name) for name in ('16.png', '32.tif')], [True, True])
+    test_eq([_is_deep(tmp/name) for name in ('8.png', '8.tif', 'broken.png', 'none.png')], [False]*4)
+
+    test_close(_limits(np.arange(100_001)), (100, 99_900), eps=1e-6)
+    test_eq(_limits(np.array([5.]*5000 + [6.])), (5, 6))
+    test_eq(_limits(np.array([5., 5.])), (5, 6))
+    test_eq(_limits(np.array([])), (0, 1))
+
+    scene = marsyard(n=1, size=96)[0][0].mean(-1)
+    scene = (scene-scene.min())/np.ptp(scene)
+    frames = tmp/'frames'
+    frames.mkdir()
+    for i,gain in enumerate(np.linspace(.5, 1, 20)):
+        Image.fromarray((1000 + 400*gain*scene).astype(np.uint16)).save(frames/f'{i}.png')
+    hot = (1000 + 400*scene).astype(np.uint16)
+    hot[0,0] = 65535
+    Image.fromarray(hot).save(frames/'hot.tif')
+    Image.new('RGB', (40, 20), 'red').save(frames/'wide.png')
+    (frames/'broken.png').write_bytes(b'not an image')
+    paths = sorted(frames.iterdir())
+    found = survey_values(paths)
+    low,high = found['range']
+    assert 990 < low < 1100 and 1300 < high < 1410 and found['levels'] >= 200
+    test_eq((found['images'], found['pixels']), (21, 'integer'))
     found
+
+    test_eq(survey_values([frames/'wide.png', frames/'broken.png']), None)
+    test_eq(survey_values(paths, most=3)['images'], 3)
+    test_eq(survey_values(paths, Reading((0, 65535)))['levels'], 3)
+    survey_values(paths, Reading((0, 65535)))
 
 
 def test_settled_once_for_a_pack():
-    with tempfile.TemporaryDirectory() as d:
-        d = Path(d)
-        for i in range(3): Image.fromarray(np.full((8, 8), 1000 + 10*i, np.uint16)).save(d/f'{i}.png')
-        archive = image_folder(d)
-        reading,meta = settle_range(d, 'pack', archive, Reading())
-        test_eq((reading.value_range, reading.pixels, meta['range']), ((1000, 1020), 'integer', [1000, 1020]))
-        for i in range(3): (d/f'{i}.png').unlink() # the range is known by now
-        test_eq(settle_range(d, 'pack', archive, Reading())[0], reading)
-        test_eq(settle_range(d, 'pack', archive, Reading((0, 9)))[1], {}) # another question, and nothing to answer it
+    flat = tmp/'flat'
+    flat.mkdir()
+    for i in range(3): Image.fromarray(np.full((8, 8), 1000 + 10*i, np.uint16)).save(flat/f'{i}.png')
+    archive = image_folder(flat)
+    with redirect_stdout(io.StringIO()) as said:
+        reading,meta = settle_range(flat, 'pack', archive, Reading())
+        for i in range(3): (flat/f'{i}.png').unlink()
+        test_eq(settle_range(flat, 'pack', archive, Reading()), (reading, meta))
+    test_eq((reading.value_range, reading.pixels), ((1000, 1020), 'integer'))
+    test_eq(meta['range'], [1000, 1020])
+    test_eq(settle_range(flat, 'pack', archive, Reading((0, 9))), (Reading((0, 9)), {}))
+    test_eq(settle_range(flat, 'pack', archive, Reading(bands=(3, 2, 1)))[1], dict(bands=(3, 2, 1)))
+    lines = said.getvalue().splitlines()
+    test_eq(lines[:2], lines[2:])
+    print(*lines[0].replace(' (', '; (').split('; '), lines[1], sep='\n')
+
+    (flat/'table.csv').write_text('path\n0.png\n')
+    settle_range(flat, 'pack', archive, Reading((0, 9)))
+    test_eq((flat/'table.csv').read_text(), '')
 
 
 def test_as_options_of_a_command():
-    test_eq(reading_from_options('1000,4e3', '3,2,1', 200), Reading((1000, 4000), '', (3, 2, 1), 200_000_000))
+    asked = reading_from_options('1000,4e3', '3,2,1', 200)
+    test_eq(asked, Reading((1000, 4000), '', (3, 2, 1), 200_000_000))
     test_eq(reading_from_options('', '', 178), Reading())
-    for o in ('5', '1,2,3', 'a,b', '1,inf', '2,1', '1,1'):
-        with expect_fail(MarsclrError, '--range'): reading_from_options(o, '', 178)
-    for o in ('1,2', '0,1,2', '1.5'):
-        with expect_fail(MarsclrError, '--bands'): reading_from_options('', o, 178)
+    for text in ('5', '1,2,3', 'a,b', '1,inf', '2,1', '1,1'):
+        with expect_fail(MarsclrError, '--range'): reading_from_options(text, '', 178)
+    for text in ('1,2', '0,1,2', '1.5'):
+        with expect_fail(MarsclrError, '--bands'): reading_from_options('', text, 178)
+    with expect_fail(MarsclrError, '--max_megapixels 0'): reading_from_options('', '', 0)
+
+    shutil.rmtree(tmp)

@@ -2,101 +2,139 @@
 # A function is a section of the notebook. They run in order: a name that another section uses too is global.
 import ctypes, hashlib, io, os, re, stat
 from collections import namedtuple
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Condition
 import numpy as np, psutil
 from PIL import Image, ImageOps, TiffImagePlugin
 from marsclr.engine.files import one_line
-from marsclr.engine.pixels import choose_bands, pillow_values, tiff_values
+from marsclr.engine.pixels import choose_bands, pillow_values, tiff_values, to_8_bits, unit_values
 from marsclr.engine.tiles import plan_tiles
-import shutil
-import tempfile, zlib
+import shutil, tempfile
 from threading import Thread
-import matplotlib.pyplot as plt
 from fastcore.test import *
 from marsclr.archives.marsyard import marsyard
+from marsclr.datasets import load_square
 from marsclr.engine.tiles import put_together
 from marsclr.engine.reading import *
-from marsclr.engine.reading import _Room
+from marsclr.engine.reading import _on_black, _picture_memory, _plan, _range_of, _reason, _rgb
 
 
-def test_what_8_bits_keep():
-    global by_hand, frame, tmp
-    tmp = Path(tempfile.mkdtemp())
-    scene = marsyard(n=1, size=96)[0][0].mean(-1)
-    scene = (scene-scene.min())/np.ptp(scene)
-    frame = (1000 + 400*scene).astype(np.uint16)
-    upper = frame//256
-    test_eq(len(np.unique(upper)), 3)
-    np.unique(frame).size, np.unique(upper).tolist()
-
-    kept = to_8_bits(unit_values(frame, 1000, 1400))
-    by_hand = np.floor((frame.astype(float)-1000)/400*255 + .5)
-    test_eq(kept, by_hand)
-    assert len(np.unique(kept)) >= 200
-    test_eq(unit_values(np.array([[np.nan, -np.inf, np.inf, -9999, 5]]), 0, 10, -9999), [[0, 0, 1, 0, .5]])
-    fig,axs = plt.subplots(1, 2, figsize=(4, 2.2), dpi=70)
-    for ax,x,name in zip(axs, (upper, kept), ('the upper byte', 'one range')):
-        ax.imshow(x, 'gray')
-        ax.set_title(f'{name}: {len(np.unique(x))} greys', fontsize=8)
-        ax.set_axis_off()
+def test_how_an_archive_is_read():
+    numbered = Reading(value_range=(1000, 1400))
+    test_eq(replace(numbered, tiles=True).value_range, (1000, 1400))
+    with expect_fail(Exception, 'cannot assign'): numbered.tiles = True
 
 
 def test_room_in_memory():
+    global saved, tmp
+    tmp = Path(tempfile.mkdtemp())
     (tmp/'memory.max').write_text('3000')
     (tmp/'memory.current').write_text('1000')
     test_eq(free_memory(tmp), 2000)
+    (tmp/'memory.current').write_text('4000')
+    test_eq(free_memory(tmp), 0)
     (tmp/'memory.max').write_text('max')
     assert free_memory(tmp) > 2000
     f'{free_memory()/2**30:.0f} GiB are left here'
 
-    room,order = _Room(10, lambda: 20),[]
-    def guest(name, n):
-        with room(n, name): order.append((name, room.free))
+    budget = MemoryBudget(10, most=lambda: 20, small=1)
+    seen = []
+    def work(name, n):
+        with budget(n, name): seen.append((name, budget.free))
 
-    with room(8, 'first'):
-        others = [Thread(target=guest, args=o) for o in (('second', 5), ('large', 11))]
-        for o in others: o.start()
-        for o in others: o.join(.1)
-        test_eq((order, room.free), ([], 2))
-    for o in others: o.join()
-    test_eq((sorted(order), room.free), ([('large', -1), ('second', 5)], 10))
-    with expect_fail(ValueError, 'third: would take 0.0 GiB of memory'): guest('third', 21)
+    with budget(8, 'first'):
+        others = [Thread(target=work, args=args) for args in (('second', 5), ('large', 11))]
+        for thread in others: thread.start()
+        for thread in others: thread.join(.1)
+        test_eq((seen, budget.free), ([], 2))
+    for thread in others: thread.join()
+    test_eq(sorted(seen), [('large', -1), ('second', 5)])
+    test_eq(budget.free, 10)
+    with budget(1, 'small'): test_eq(budget.free, 10)
+    with expect_fail(ValueError, 'third: would take 0.0 GiB of memory'): work('third', 21)
 
-    check_size(6000, 4000, 118_566, Reading())
-    with expect_fail(ValueError, '9000 x 9000 pixels in 57 bytes: no image'): check_size(9000, 9000, 57, Reading())
-    with expect_fail(ValueError, 'raise --max_megapixels to 200'): check_size(20_000, 10_000, 10**8, Reading())
-    check_size(20_000, 10_000, 10**8, Reading(max_pixels=200*10**6))
-
-
-def test_one_image_one_square():
-    global files, saved, twelve, wide
     def saved(im, kind='PNG', **kwargs):
         out = io.BytesIO()
         im.save(out, kind, **kwargs)
         return out.getvalue()
+
+    large = Image.new('RGB', (1000, 800))
+    plain = saved(large, 'JPEG')
+    scans = saved(large, 'JPEG', progressive=True)
+    def needed(file, size=0): return _picture_memory(Image.open(io.BytesIO(file)), file, size)
+
+    test_eq(needed(plain), 1000*800*12)
+    test_eq(needed(plain, 100), 125*100*12) # decoded at an eighth
+    test_eq(needed(scans) - needed(plain), 6*1000*800)
+
+    check_size(6000, 4000, 118_566, Reading())
+    with expect_fail(ValueError, '9000 x 9000 pixels in 57 bytes: no image is compressed as much'):
+        check_size(9000, 9000, 57, Reading())
+    with expect_fail(ValueError, 'raise --max_megapixels to 200'):
+        check_size(20_000, 10_000, 10**8, Reading())
+    check_size(20_000, 10_000, 10**8, Reading(max_pixels=200*10**6))
+    with expect_fail(ValueError, 'no image'): check_size(6000, 4000, 118_566, Reading(), each=6)
+
+    before = Image.MAX_IMAGE_PIXELS
+    with pillow_limit(Reading(max_pixels=101)): test_eq(Image.MAX_IMAGE_PIXELS, 51)
+    test_eq(Image.MAX_IMAGE_PIXELS, before)
+
+
+def test_one_image_one_square():
+    global files, square, twelve, wide
+    half = Image.new('RGBA', (4, 2), (255, 0, 0, 255))
+    half.paste((0, 255, 0, 0), (0, 0, 2, 2))
+    test_eq(_rgb(Image.new('L', (2, 2), 7)).mode, 'RGB')
+    test_eq(_rgb(half).mode, 'RGBA')
+    test_eq(_on_black(half)[0].tolist(), [[0, 0, 0]]*2 + [[255, 0, 0]]*2)
+    test_eq(_plan(400, 200, 200, Reading()), (None, [(0, 0)]))
+    test_eq(_plan(400, 200, 200, Reading(tiles=True)), ((400, 200), [(0, 0), (200, 0)]))
+
+    scene = marsyard(n=1, size=96)[0][0].mean(-1)
+    scene = (scene-scene.min())/np.ptp(scene)
+    frame = (1000 + 400*scene).astype(np.uint16)
+    by_hand = np.floor((frame.astype(float)-1000)/400*255 + .5)
+    picture,no_values = open_image(saved(Image.new('RGB', (4, 2))), Reading())
+    test_eq((picture.size, no_values), ((4, 2), None))
+    no_picture,values = open_image(saved(Image.fromarray(frame)), Reading())
+    test_eq((no_picture, values.what, values.shape), (None, 'a PNG of uint16', (96, 96, 1)))
+    test_eq(values_memory(values), 96*96*(3*2 + 12))
+    test_eq(_range_of(values, Reading((1000, 1400))), (1000, 1400))
 
     wide = Image.new('RGB', (40, 20), 'red')
     wide.paste('blue', (10, 0, 30, 20))
     square = decode(saved(wide), 10)
     test_eq(square.shape, (10, 10, 3))
     test_eq(square[:,1:-1].reshape(-1, 3).max(0), [0, 0, 255])
+    scene_rgb = Image.fromarray(marsyard(n=1, size=96)[0][0])
+    pictures = [scene_rgb, scene_rgb.resize((412, 300)), scene_rgb.convert('L'),
+                scene_rgb.convert('CMYK')]
+    for picture in pictures:
+        picture.save(tmp/'plain.jpg')
+        for size in (16, 48, 96, 150):
+            test_eq(decode((tmp/'plain.jpg').read_bytes(), size), load_square(tmp/'plain.jpg', size))
 
     side = Image.Exif()
     side[0x0112] = 6
+    lying = Image.fromarray(np.ascontiguousarray(np.rot90(frame)))
     twelve = Reading((1000, 1400))
-    files = [saved(Image.fromarray(frame)), saved(Image.fromarray(frame), 'TIFF', compression='tiff_lzw'),
-             saved(Image.fromarray(np.ascontiguousarray(np.rot90(frame))), exif=side),
+    files = [saved(Image.fromarray(frame)),
+             saved(Image.fromarray(frame), 'TIFF', compression='tiff_lzw'),
+             saved(lying, exif=side),
              saved(Image.fromarray(frame.astype(np.float32)), 'TIFF'),
              saved(Image.fromarray(frame.astype(np.int32)), 'TIFF')]
     for file in files: test_eq(decode(file, 96, twelve), np.repeat(by_hand[...,None], 3, 2))
-    xray = saved(Image.fromarray(2400 - frame), 'TIFF', tiffinfo={262: 0})
+    xray = saved(Image.fromarray(2400 - frame), 'TIFF', tiffinfo={262: 0}) # zero is white
     assert abs(decode(xray, 96, twelve)[...,0] - by_hand).max() <= 1
-    with expect_fail(ValueError, 'a PNG of uint16: which values are black and white is not known'): decode(files[0], 96)
-    with expect_fail(ValueError, 'a TIFF of float32, where other images are integer: pack them apart'):
-        decode(files[3], 96, Reading((0, 1), 'integer'))
+
+    unknown = 'a PNG of uint16: which values are black and white is not known'
+    with expect_fail(ValueError, unknown): decode(files[0], 96)
+    mixed = 'a TIFF of float32, where other images are integer: pack them apart'
+    with expect_fail(ValueError, mixed): decode(files[3], 96, Reading((0, 1), 'integer'))
+    with expect_fail(ValueError, '40 x 20 pixels: too small for 64'):
+        decode_pieces(saved(wide), 64, Reading(least_side=.5))
 
     tiled = Reading((1000, 1400), tiles=True, overlap=8)
     for file in files[:3]:
@@ -105,14 +143,27 @@ def test_one_image_one_square():
         test_eq(put_together(cut.pixels, cut.places)[...,0], by_hand)
     small = decode_pieces(saved(wide), 32, Reading(tiles=True))
     test_eq((small.pixels.shape, small.places), ((2, 32, 32, 3), [(0, 0), (32, 0)]))
-    with expect_fail(ValueError, '40 x 20 pixels: too small for 64'): decode_pieces(saved(wide), 64, Reading(least_side=.5))
+    test_eq(small.shape, (20, 40))
 
 
 def test_what_cannot_be_read_goes_to_quarantine():
+    unidentified = _reason(Image.UnidentifiedImageError('x'))
+    assert unidentified.startswith('not an image in a format that is read here (JPEG')
+    test_eq(_reason(FileNotFoundError(2, 'No such file')), 'FileNotFoundError: No such file')
+    test_eq(_reason(KeyError(f'{object()} é')), "KeyError: 'file \\xe9'")
+
     (tmp/'broken.jpg').write_bytes(saved(wide.resize((400, 200)), 'JPEG')[:1500])
-    test_eq(read_image(tmp/'broken.jpg', 32)[0], None)
     (tmp/'cut.tif').write_bytes(files[3][:20000])
-    test_eq(read_image(tmp/'cut.tif', 32, twelve)[0], None)
-    read_image(tmp/'broken.jpg', 32)[2], read_image(tmp/'none.jpg', 32)[2], read_image(tmp/'cut.tif', 32, twelve)[2]
+    (tmp/'empty.png').touch()
+    (tmp/'sound.png').write_bytes(saved(wide))
+    os.mkfifo(tmp/'pipe.png')
+    pixels,sha256,reason = read_image(tmp/'sound.png', 10)
+    test_eq(pixels, square)
+    test_eq((sha256, reason), (hashlib.sha256(saved(wide)).hexdigest(), ''))
+    names = 'broken.jpg', 'cut.tif', 'empty.png', 'pipe.png', 'none.png', '.'
+    reasons = {name: read_image(tmp/name, 32, twelve) for name in names}
+    for pixels,sha256,reason in reasons.values():
+        test_eq((pixels, sha256, bool(reason)), (None, '', True))
+    {name: reason for name,(_,_,reason) in reasons.items()}
 
     shutil.rmtree(tmp)

@@ -334,7 +334,7 @@ def test_bombs_are_refused_before_they_unfold(tmp_path):
 
 
 def test_what_cannot_be_held_is_refused_with_what_it_would_take(monkeypatch):
-    monkeypatch.setattr(reading._pixels, 'most', lambda: 2**28)
+    monkeypatch.setattr(reading.pixel_memory, 'most', lambda: 2**28)
     with expect_fail(ValueError, '6000 x 4000 pixels: would take 0.3 GiB of memory, at most 0.2 can be had'):
         decode(saved(Image.fromarray(np.tile(np.linspace(0, 255, 6000, dtype=np.uint8), (4000, 1))), 'PNG', compress_level=1), 32)
 
@@ -426,7 +426,7 @@ def test_a_place_that_cannot_be_written_to_is_said_in_words(tmp_path_factory):
 def pack_slowly(root, to, out):
     "As the command does, but with time to be killed in"
     os.dup2(os.open(out, os.O_CREAT | os.O_WRONLY | os.O_APPEND), 1)
-    fast, pack_writer.PackWriter.rest = reading.decode_pieces, 2**18
+    fast, pack_writer.PackWriter.flush_bytes = reading.decode_pieces, 2**18
 
     def slow(file, *args):
         time.sleep(.001)

@@ -7,13 +7,14 @@ __all__ = ['command_parser', 'parse_options', 'command']
 
 # %% ../../nbs/engine/commands.ipynb #c0mm0003
 import argparse, os, re, sys
+from contextlib import contextmanager
 from functools import wraps
 from inspect import signature
 
 import torch
 from fastcore.docments import docments
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
-from .files import MarsclrError, Stopped, on_signal, one_line, _stop
+from .files import MarsclrError, Stopped, on_signal, one_line, raise_stopped
 
 # %% ../../nbs/engine/commands.ipynb #822df9d7
 def _add_parameter(parser, p, comment):
@@ -26,6 +27,7 @@ def _add_parameter(parser, p, comment):
     if p.annotation is bool: kind = dict(action='store_true')
     parser.add_argument(f'--{option}', dest=p.name, default=p.default, help=told, **kind)
 
+# %% ../../nbs/engine/commands.ipynb #a4f0a878
 def command_parser(
     func,     # a function whose parameters carry types, defaults and docments
     name:str, # of the script
@@ -36,43 +38,54 @@ def command_parser(
     for p in signature(func).parameters.values(): _add_parameter(parser, p, comments.get(p.name))
     return parser
 
+# %% ../../nbs/engine/commands.ipynb #67581b68
 def parse_options(
     parser:argparse.ArgumentParser,
     argv, # list of arguments
 ) -> dict: # by parameter
-    "Read a command line; options may be written with dashes, as shells like them, or with underscores, as Python does"
-    spelled = [re.sub('^--[^=]+', lambda o: '--' + o[0][2:].replace('-', '_'), o) for o in argv]
+    "Read a command line; options may be written with dashes or with underscores"
+    def underscored(option): return '--' + option[0][2:].replace('-', '_')
+    spelled = [re.sub('^--[^=]+', underscored, word) for word in argv]
     return vars(parser.parse_args(spelled))
 
 # %% ../../nbs/engine/commands.ipynb #50970e89
+def _tell_launcher(e):
+    if 'TORCHELASTIC_ERROR_FILE' in os.environ: get_error_handler().record_exception(e)
+
+@contextmanager
+def _one_line_failures(name):
+    "End a command with one line where its user can mend what went wrong"
+    try: yield
+    except (MarsclrError, OSError) as e:
+        _tell_launcher(e)
+        sys.exit(f'{name}: {(str(e) or type(e).__name__).splitlines()[-1].strip()}')
+    except torch.cuda.OutOfMemoryError as e:
+        _tell_launcher(e)
+        sys.exit(f'{name}: the memory of the GPU is not enough ({one_line(e)}): '
+                 'lower the size of batches or images')
+    except KeyboardInterrupt: sys.exit(f'{name}: interrupted')
+    except Stopped as e:
+        print(f'{name}: {e}', file=sys.stderr)
+        sys.exit(128+e.by)
+    except Exception as e:
+        _tell_launcher(e)
+        raise
+
+# %% ../../nbs/engine/commands.ipynb #6569da44
 def command(
     func,      # a function whose parameters carry types, defaults and docments
     name=None, # of the script, the function's own by default
     several=False, # may several processes of a launcher run it together?
 ): # `func` as a console script that reads `sys.argv`, or a list of arguments
-    "Turn a documented function into a console script: `--help` from its docments, one clear line on bad input"
+    "A documented function as a console script, with `--help` and one clear line on bad input"
     name = name or func.__name__
     @wraps(func)
     def main(argv=None):
         args = parse_options(command_parser(func, name), sys.argv[1:] if argv is None else argv)
-        try:
-            if not several and int(os.environ.get('WORLD_SIZE', 1)) > 1: raise MarsclrError('works in one process: start it without a launcher')
-            if hasattr(sys.stdout, 'reconfigure'): sys.stdout.reconfigure(errors='backslashreplace')
-            with on_signal(_stop): func(**args)
-        except (MarsclrError, OSError) as e:
-            _tell_launcher(e)
-            sys.exit(f'{name}: {(str(e) or type(e).__name__).splitlines()[-1].strip()}')
-        except torch.cuda.OutOfMemoryError as e:
-            _tell_launcher(e)
-            sys.exit(f'{name}: the memory of the GPU is not enough ({one_line(e)}): lower the size of batches or images')
-        except KeyboardInterrupt: sys.exit(f'{name}: interrupted')
-        except Stopped as e:
-            print(f'{name}: {e}', file=sys.stderr)
-            sys.exit(128+e.by)
-        except Exception as e:
-            _tell_launcher(e)
-            raise
+        with _one_line_failures(name), on_signal(raise_stopped):
+            if not several and int(os.environ.get('WORLD_SIZE', 1)) > 1:
+                raise MarsclrError('works in one process: start it without a launcher')
+            if hasattr(sys.stdout, 'reconfigure'):
+                sys.stdout.reconfigure(errors='backslashreplace')
+            func(**args)
     return main
-
-def _tell_launcher(e):
-    if 'TORCHELASTIC_ERROR_FILE' in os.environ: get_error_handler().record_exception(e)

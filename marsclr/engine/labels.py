@@ -6,63 +6,63 @@
 __all__ = ['read_label_table', 'with_labels', 'class_folders', 'image_groups', 'draw_split', 'settle_split', 'label_archive']
 
 # %% ../../nbs/engine/labels.ipynb #14782dac
-import csv, os
+import csv
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np, pandas as pd
-from .files import MarsclrError, read_lines
+from .files import MarsclrError, numbered_lines
 from ..datasets import Archive, image_folder
 
 # %% ../../nbs/engine/labels.ipynb #847aa7b2
-_names = dict(path={'path', 'file', 'filename', 'file_name', 'image', 'name'},
-              label={'label', 'class', 'category'}, split={'split', 'set', 'subset'},
-              group={'group', 'burst', 'sequence'})
+_column_names = dict(path={'path', 'file', 'filename', 'file_name', 'image', 'name'},
+                     label={'label', 'class', 'category'}, split={'split', 'set', 'subset'},
+                     group={'group', 'burst', 'sequence'})
 _splits = dict(train='train', training='train', val='val', valid='val', validation='val', dev='val',
                test='test', testing='test')
 
 def _rows(path):
     "(line number, fields) of a CSV file"
-    lines = [(i, o) for i,o in enumerate(read_lines(path), 1) if o.strip()]
+    lines = numbered_lines(path)
     if not lines: raise MarsclrError(f'{path} is empty: expected lines with path and label')
-    between = max(',;\t', key=lines[0][1].count)
-    def fields(line): return next(csv.reader([line], delimiter=between, skipinitialspace=True))
-    return [(i, [f.strip() for f in fields(o)]) for i,o in lines]
+    separator = max(',;\t', key=lines[0][1].count)
+    def fields(line): return next(csv.reader([line], delimiter=separator, skipinitialspace=True))
+    return [(i, [field.strip() for field in fields(line)]) for i,line in lines]
 
 def _columns(fields):
     "Which column holds what, by the names in the first line; None where it names none"
-    words = [o.lower() for o in fields]
-    found = [(what, j) for j,o in enumerate(words) for what,known in _names.items() if o in known]
+    found = [(what, j) for j,field in enumerate(fields)
+             for what,names in _column_names.items() if field.lower() in names]
     if len(dict(found)) < len(found):
-        raise MarsclrError(f'the header {",".join(fields)!r} names two columns for the same thing: rename one')
+        raise MarsclrError(f'the header {",".join(fields)!r} names two columns for the same thing: '
+                           'rename one')
     return dict(found) if {'path', 'label'} <= dict(found).keys() else None
 
 # %% ../../nbs/engine/labels.ipynb #f4562baf
+def _parse_row(fields, where, columns):
+    "One line of a table of labels; `where` it stands, for messages"
+    if len(fields) <= max(columns['path'], columns['label']):
+        raise MarsclrError(f'{where}: expected path and label, found {",".join(fields)!r}')
+    row = {what: fields[j] if j < len(fields) else '' for what,j in columns.items()}
+    split = row.get('split', '').lower()
+    if split and split not in _splits:
+        raise MarsclrError(f'{where}: split {split!r} is not train, val or test')
+    return dict(path=row['path'].replace('\\', '/').removeprefix('./'), label=row['label'],
+                split=_splits.get(split, ''), group=row.get('group', ''))
+
 def read_label_table(
     path, # a text file with lines of path, label, and perhaps split and group
 ) -> pd.DataFrame: # line, path, label, split, group; '' where there is none
     "Labels as a spreadsheet saves them"
     rows = _rows(path)
-    where = _columns(rows[0][1])
-    if where: rows = rows[1:]
-    else: where = dict(path=0, label=1, split=2, group=3)
-    out = []
-    for i,fields in rows:
-        if len(fields) <= max(where['path'], where['label']):
-            found = ','.join(fields)
-            raise MarsclrError(f'{path}, line {i}: expected path and label, found {found!r}')
-        row = {what: fields[j] if j < len(fields) else '' for what,j in where.items()}
-        split = row.get('split', '').lower()
-        if split and split not in _splits:
-            raise MarsclrError(f'{path}, line {i}: split {split!r} is not train, val or test')
-        name = row['path'].replace('\\', '/').removeprefix('./')
-        out.append(dict(line=i, path=name, label=row['label'], split=_splits.get(split, ''),
-                        group=row.get('group', '')))
-    return pd.DataFrame(out, columns=['line', 'path', 'label', 'split', 'group'])
+    header = _columns(rows[0][1])
+    if header: rows = rows[1:]
+    columns = header or dict(path=0, label=1, split=2, group=3)
+    parsed = [dict(line=i) | _parse_row(fields, f'{path}, line {i}', columns) for i,fields in rows]
+    return pd.DataFrame(parsed, columns=['line', 'path', 'label', 'split', 'group'])
 
 # %% ../../nbs/engine/labels.ipynb #fd0abd17
 def _check_lines(labels, file, archive):
-    "Each line names an image, and no image has two labels"
+    "Each line names an image, and no image has two labels; else labels by path"
     there = set(archive.table.path)
     for row in labels.itertuples():
         if row.path in there: continue
@@ -72,13 +72,15 @@ def _check_lines(labels, file, archive):
     twice = once[once.path.duplicated()]
     if len(twice):
         row = twice.iloc[0]
-        raise MarsclrError(f'{file}, line {row.line}: {row.path!r} has another label, split or group above')
+        raise MarsclrError(f'{file}, line {row.line}: {row.path!r} has another label, '
+                           'split or group above')
     return once.set_index('path')
 
+# %% ../../nbs/engine/labels.ipynb #e60aff98
 def _class_list(names):
     "Class names in order: numbers by value, words by alphabet"
     names = sorted(set(names) - {''})
-    return sorted(names, key=int) if all(o.isdecimal() for o in names) else names
+    return sorted(names, key=int) if all(name.isdecimal() for name in names) else names
 
 # %% ../../nbs/engine/labels.ipynb #74e9a958
 def with_labels(
@@ -86,12 +88,12 @@ def with_labels(
     file,            # a table of labels, see `read_label_table`
 ) -> Archive: # with label, split, and a column `group` if the file has groups
     "An archive with labels from a file"
-    labels = _check_lines(read_label_table(file), file, archive).drop(columns='line')
-    labels = labels.reindex(archive.table.path, fill_value='')
+    labels = _check_lines(read_label_table(file), file, archive)
+    labels = labels.drop(columns='line').reindex(archive.table.path, fill_value='')
     classes = _class_list(labels.label)
-    ids = {o: i for i,o in enumerate(classes)}
     if len(classes) < 2: raise MarsclrError(f'{file} has fewer than two classes')
-    label = [ids.get(o, -1) for o in labels.label]
+    ids = {name: i for i,name in enumerate(classes)}
+    label = [ids.get(name, -1) for name in labels.label]
     table = archive.table.assign(label=label, split=labels.split.to_numpy())
     if (labels.group != '').any(): table['group'] = labels.group.to_numpy()
     return replace(archive, table=table, classes=classes)
@@ -103,17 +105,16 @@ def class_folders(
 ) -> Archive:
     "An archive whose folders are its classes"
     archive = image_folder(root, follow=follow)
-    parts = [o.split('/')[:-1] for o in archive.table.path]
-    tops = {o[0] if o else '' for o in parts}
-    split_first = all(o.lower() in _splits for o in tops)
-    for path,folders in zip(archive.table.path, parts):
-        if len(folders) < 1 + split_first:
+    folders = [path.split('/')[:-1] for path in archive.table.path]
+    split_first = all(parts and parts[0].lower() in _splits for parts in folders)
+    for path,parts in zip(archive.table.path, folders):
+        if len(parts) < 1 + split_first:
             raise MarsclrError(f'{root}: {path!r} lies in no class folder')
-    names = [o[split_first] for o in parts]
+    names = [parts[1] if split_first else parts[0] for parts in folders]
     classes = _class_list(names)
     if len(classes) < 2: raise MarsclrError(f'{root} has fewer than two class folders')
-    split = [_splits[o[0].lower()] for o in parts] if split_first else ''
-    label = [classes.index(o) for o in names]
+    split = [_splits[parts[0].lower()] for parts in folders] if split_first else ''
+    label = [classes.index(name) for name in names]
     return replace(archive, table=archive.table.assign(label=label, split=split), classes=classes)
 
 # %% ../../nbs/engine/labels.ipynb #d1bae930
@@ -126,10 +127,12 @@ def image_groups(
         raise MarsclrError(f'--group_by {by!r} is not known: choose from burst day')
     burst = table[['rover', 'camera', 'sol', 'sequence']].astype(str).agg('|'.join, axis=1)
     key = burst.where(table.sequence != '', table.path)
-    if by == 'day': key = (table.rover + '|' + table.sol.astype(str)).where(table.sol >= 0, key)
+    day = table.rover + '|' + table.sol.astype(str)
+    if by == 'day': key = day.where(table.sol >= 0, key)
     if 'group' in table: key = ('group ' + table.group).where(table.group != '', key)
     return pd.factorize(key)[0]
 
+# %% ../../nbs/engine/labels.ipynb #d8a58088
 def draw_split(
     archive:Archive, # with labels
     by='burst',      # what stays together: 'burst' or 'day'
@@ -141,7 +144,8 @@ def draw_split(
     groups = image_groups(archive.table, by)
     drawn = np.random.default_rng(seed).permutation(np.unique(groups[labeled]))
     if len(drawn) < 3:
-        raise MarsclrError(f'{archive.name}: {len(drawn)} groups cannot be split into train, val and test')
+        raise MarsclrError(f'{archive.name}: {len(drawn)} groups cannot be split into '
+                           'train, val and test')
     size = np.bincount(groups[labeled], minlength=groups.max()+1)[drawn]
     before = (np.cumsum(size) - size)/size.sum()
     split = np.select([before < .2, before < .3], ['test', 'val'], 'train')
@@ -162,11 +166,11 @@ def settle_split(
     if (given != '').any(): return archive, ''
     archive = draw_split(archive, by, seed)
     labeled = archive.table[archive.table.label >= 0]
-    counts = ', '.join(f'{o} {(labeled.split == o).sum()}' for o in ('train', 'val', 'test'))
+    sizes = labeled.split.value_counts()
+    counts = ', '.join(f'{name} {sizes.get(name, 0)}' for name in ('train', 'val', 'test'))
     n = len(np.unique(image_groups(labeled, by)))
     return archive, f'no split is given; drawn by {by} ({n} groups, seed {seed}): {counts} images'
 
-# %% ../../nbs/engine/labels.ipynb #ab52d0bd
 def label_archive(
     archive:Archive,  # whose images have labels, or will have those of a file
     file='',          # a table of labels

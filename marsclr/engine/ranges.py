@@ -12,60 +12,54 @@ from dataclasses import asdict, replace
 import numpy as np
 from PIL import Image, TiffImagePlugin
 from .files import MarsclrError, read_json
-from .pixels import _tags
-from .reading import Reading, _file_bytes, _need_values, _pixels, check_size
-from .reading import formats, open_image, to_8_bits, unit_values
+from .pixels import tiff_tags, to_8_bits, unit_values
+from .reading import Reading, check_size, file_bytes, formats, open_image
+from .reading import pixel_memory, values_memory
 
 # %% ../../nbs/engine/ranges.ipynb #365c3ee5
 _only_8_bits = {'.jpg', '.jpeg', '.jfif', '.gif', '.bmp', '.webp'}
 
+def _has_more_than_8_bits(f):
+    "A file's first bytes say so, or its tags"
+    head = f.read(26)
+    f.seek(0)
+    if head[:8] == b'\x89PNG\r\n\x1a\n': return head[24] == 16
+    if head[:4] in TiffImagePlugin.PREFIXES: return max(tiff_tags(f).get(258, (1,))) > 8
+    return Image.open(f, formats=formats).mode[0] in 'IF'
+
 def _is_deep(path):
-    "Has a file more than 8 bits a pixel? Its first bytes say so, or its tags"
+    "Has a file more than 8 bits a pixel? Not if it cannot be read: the second pass says why"
     try:
         if not stat.S_ISREG(os.stat(path).st_mode): return False
-        with open(path, 'rb') as f:
-            head = f.read(26)
-            f.seek(0)
-            if head[:8] == b'\x89PNG\r\n\x1a\n': return head[24] == 16
-            if head[:4] in TiffImagePlugin.PREFIXES: return max(_tags(f).get(258, (1,))) > 8
-            return Image.open(f, formats=formats).mode[0] in 'IF'
-    except Exception: return False # the second pass says why
+        with open(path, 'rb') as f: return _has_more_than_8_bits(f)
+    except Exception: return False
 
 # %% ../../nbs/engine/ranges.ipynb #c8d549ba
 def _sample(path, reading, n=2**16):
-    "(kind, some of an image's values), evenly spread over it; the opacity is left out"
-    with _file_bytes(path) as file:
+    "('float' or 'integer', some of an image's values)"
+    with file_bytes(path) as file:
         _,values = open_image(file, reading)
         height,width,channels = values.shape
         check_size(width, height, len(file), reading, channels*values.dtype.itemsize)
-        with _pixels(_need_values(values), f'{width} x {height} pixels'):
+        with pixel_memory(values_memory(values), f'{width} x {height} pixels'):
             pixels = values.load()[...,:channels-values.alpha].reshape(-1)
             some = pixels[::max(1, len(pixels)//n)].astype(np.float64)
     kind = 'float' if values.dtype.kind == 'f' else 'integer'
     return kind, some[np.isfinite(some) & (some != values.missing)]
 
-# %% ../../nbs/engine/ranges.ipynb #611c1ad4
-def survey_values(
-    paths,           # the archive's files
-    reading=Reading(),
-    most:int=100,    # images to look at
-): # None, or a dict: range (low, high), pixels, images (looked at), levels (of 256 that are used)
-    "The range of an archive's images of more than 8 bits"
-    candidates = [o for o in paths if os.path.splitext(o)[1].lower() not in _only_8_bits]
+def _samples(paths, reading, most):
+    "Samples of up to `most` deep images, in a shuffled order"
+    candidates = [path for path in paths
+                  if os.path.splitext(path)[1].lower() not in _only_8_bits]
     found = []
     for i in np.random.default_rng(0).permutation(len(candidates)):
         if len(found) == most: break
         if not _is_deep(candidates[i]): continue
         try: found.append(_sample(candidates[i], reading))
         except Exception: continue # the second pass says why
-    if not found: return None
-    kinds = [o[0] for o in found]
-    pixels = max(('integer', 'float'), key=kinds.count)
-    values = np.concatenate([v for k,v in found if k == pixels])
-    low,high = reading.value_range or _limits(values)
-    levels = len(np.unique(to_8_bits(unit_values(values[None], low, high))))
-    return dict(range=(low, high), pixels=pixels, images=kinds.count(pixels), levels=levels)
+    return found
 
+# %% ../../nbs/engine/ranges.ipynb #611c1ad4
 def _limits(values):
     "The values that a thousandth lies below, and above; their extremes where those are one"
     if not len(values): return 0., 1.
@@ -74,46 +68,79 @@ def _limits(values):
         if low < high: return low, high
     return low, low+1
 
-# %% ../../nbs/engine/ranges.ipynb #a050a149
-def settle_range(tmp, to, archive, reading):
-    "How images are read, now that their values are known, and what `pack.json` says of it"
-    notes,asked = tmp/'reading.json',json.loads(json.dumps(asdict(reading)))
-    before = read_json(notes, 'asked', 'found') if notes.exists() else None
-    if before and before['asked'] == asked: found = before['found']
-    else:
-        found = survey_values([archive.root/p for p in archive.table.path], reading)
-        if found or before: # what is there, if anything, was read in another way
-            for o in tmp.glob('*.csv'): o.write_bytes(b'')
-        notes.write_text(json.dumps(dict(asked=asked, found=found)))
-    meta = dict(bands=reading.bands) if reading.bands else {}
-    if not found: return reading, meta
-    source = f'percentiles 0.1 and 99.9 of {found["images"]} images'
-    if reading.value_range: source = 'given'
-    _say_range(to, found, source)
-    pixels = reading.pixels if reading.value_range else found['pixels']
-    return replace(reading, value_range=tuple(found['range']), pixels=pixels), \
-           meta | dict(range=list(found['range']), range_from=source)
+def survey_values(
+    paths,           # the archive's files
+    reading=Reading(),
+    most:int=100,    # images to look at
+): # None, or a dict: range (low, high), pixels, images (looked at), levels (of 256 that are used)
+    "The range of an archive's images of more than 8 bits"
+    found = _samples(paths, reading, most)
+    if not found: return None
+    kinds = [kind for kind,_ in found]
+    pixels = max(('integer', 'float'), key=kinds.count) # what most of them are
+    values = np.concatenate([some for kind,some in found if kind == pixels])
+    low,high = reading.value_range or _limits(values)
+    levels = len(np.unique(to_8_bits(unit_values(values[None], low, high))))
+    return dict(range=(low, high), pixels=pixels, images=kinds.count(pixels), levels=levels)
 
+# %% ../../nbs/engine/ranges.ipynb #1b8f2356
 def _say_range(to, found, source):
     low,high = found['range']
-    print(f'{to}: in images of more than 8 bits {low:g} becomes black and {high:g} white ({source}); '
-          f'{found["levels"]} of 256 greys are used. --range LOW,HIGH gives another', flush=True)
-    if found['levels'] < 64:
-        print(f'{to}: warning: {found["levels"]} greys are few, should --range be narrower?', flush=True)
+    levels = found['levels']
+    print(f'{to}: in images of more than 8 bits {low:g} becomes black and {high:g} white '
+          f'({source}); {levels} of 256 greys are used. --range LOW,HIGH gives another', flush=True)
+    if levels < 64:
+        print(f'{to}: warning: {levels} greys are few, should --range be narrower?', flush=True)
+
+def _find_or_recall(folder, archive, reading):
+    "What the first pass finds, now or in an earlier run that asked the same"
+    notes = folder/'reading.json'
+    asked = json.loads(json.dumps(asdict(reading))) # tuples become lists, as they are in the file
+    before = read_json(notes, 'asked', 'found') if notes.exists() else None
+    if before and before['asked'] == asked: return before['found']
+    found = survey_values([archive.root/path for path in archive.table.path], reading)
+    if found or before: # what is there, if anything, was read in another way
+        for table in folder.glob('*.csv'): table.write_bytes(b'')
+    notes.write_text(json.dumps(dict(asked=asked, found=found)))
+    return found
+
+# %% ../../nbs/engine/ranges.ipynb #a050a149
+def settle_range(
+    folder,  # where the pack grows
+    to,      # what the pack will be called, for messages
+    archive, # what is packed
+    reading, # what the user asked for
+) -> tuple: # (`Reading` with the range, what `pack.json` says of it)
+    "How images are read, now that their values are known"
+    found = _find_or_recall(folder, archive, reading)
+    meta = dict(bands=reading.bands) if reading.bands else {}
+    if not found: return reading, meta
+    given = bool(reading.value_range)
+    source = 'given' if given else f'percentiles 0.1 and 99.9 of {found["images"]} images'
+    _say_range(to, found, source)
+    meta |= dict(range=list(found['range']), range_from=source)
+    pixels = reading.pixels if given else found['pixels']
+    return replace(reading, value_range=tuple(found['range']), pixels=pixels), meta
 
 # %% ../../nbs/engine/ranges.ipynb #a1f70bb4
 def _numbers(option, text, kind, counts):
     "An option's numbers, `a,b,...`; `counts` says how many there may be"
-    try: numbers = tuple(kind(o) for o in text.split(',')) if text else ()
+    try: numbers = tuple(kind(word) for word in text.split(',')) if text else ()
     except ValueError: numbers = None
     if numbers is None or len(numbers) not in (0, *counts) or not all(np.isfinite(numbers)):
         how_many = ' or '.join(map(str, counts))
         raise MarsclrError(f'--{option} {text!r}: give {how_many} numbers with commas between')
     return numbers
 
-def reading_from_options(range, bands, max_megapixels, **more):
+def reading_from_options(
+    range,          # 'LOW,HIGH', or ''
+    bands,          # '3,2,1', or one number, or ''
+    max_megapixels, # images that claim to be larger are refused
+    **more          # fields of `Reading`
+) -> Reading:
     "What the options say of how images are read"
-    low_high,chosen = _numbers('range', range, float, [2]),_numbers('bands', bands, int, [1, 3])
+    low_high = _numbers('range', range, float, [2])
+    chosen = _numbers('bands', bands, int, [1, 3])
     if low_high and low_high[0] >= low_high[1]:
         raise MarsclrError(f'--range {range}: LOW must be below HIGH')
     if chosen and min(chosen) < 1: raise MarsclrError(f'--bands {bands}: the first band is 1')
