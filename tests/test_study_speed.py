@@ -20,7 +20,7 @@ from marsclr.study.speed import *
 def test_the_loss():
     global linux
     z = torch.tensor([[1., 0], [0, 1], [1, 0], [0, 1]])
-    test_close(plain_loss(z).item(), np.log(np.exp(2)+2)-2, eps=1e-6)
+    test_close(matrix_loss(z).item(), np.log(np.exp(2)+2)-2, eps=1e-6)
 
     z = torch.randn(64, 8, generator=torch.Generator().manual_seed(1))
     values = {name: loss().item() for name,loss in loss_functions(z).items()}
@@ -102,3 +102,26 @@ def test_what_it_came_to():
     test_eq(by_view_times[64].idxmin(), 'kornia, batched')
     test_eq(by_view_times[224].idxmax(), 'kornia, batched')
     assert by_view_times.drop('kornia, batched').min().min() > 11
+
+
+def test_on_a_gpu():
+    gpu_loss = pd.read_csv('../results/bench-loss-cuda.csv')
+    print(gpu_loss[['gpu', 'cuda', 'torch', 'lightly']].iloc[0].to_string())
+    gpu_loss.pivot(index='views', columns='case', values=['median_ms', 'gpu_ms']).round(1)
+
+    gpu_loss.pivot(index='views', columns='case', values=['launches', 'waits', 'peak_MiB']).round()
+
+    by_case = gpu_loss.pivot(index='views', columns='case')
+    assert (by_case.times_ours['plain: one matrix'] < 1).all()
+    assert (by_case.times_ours.lightly > 1).all()
+    test_eq(by_case.waits.marsclr.tolist(), [0]*len(by_case))
+    assert by_case.gpu_ms.marsclr[256] < .2*by_case.median_ms.marsclr[256]
+    assert by_case.launches.marsclr.max() < by_case.launches.lightly.min()
+
+    gpu_views = pd.read_csv('../results/bench-augment-cuda.csv')
+    columns = ['case', 'view', 'image', 'views_per_s', 'launches', 'waits', 'peak_MiB']
+    gpu_views[columns].round(1)
+
+    rate = gpu_views.pivot(index='view', columns='case', values='views_per_s')
+    assert (rate.marsclr > 100*rate.lightly).all()
+    test_eq(gpu_views.waits[gpu_views.case == 'marsclr'].tolist(), [0, 0])

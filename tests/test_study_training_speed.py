@@ -121,6 +121,23 @@ def test_where_the_time_went():
         assert growth.max() < 10
 
 
+def test_on_a_gpu():
+    gpu = pd.read_csv('../results/bench-train-cuda.csv')
+    print(gpu[['gpu', 'cuda', 'torch', 'precision']].iloc[0].to_string())
+    gpu['ms_a_step'] = gpu.median_ms*gpu.batch
+    columns = ['case', 'view', 'batch', 'images_per_s', 'ms_a_step']
+    counts = ['operations', 'launches', 'gpu_ms', 'waits']
+    gpu[columns + counts].round(1).astype(object).fillna('')
+
+    for view,rows in gpu.set_index('case').groupby('view'):
+        loop = rows.loc['part: loop']
+        share = loop.gpu_ms/loop.ms_a_step
+        print(f'{loop.backbone}, {view} px: {share:.0%} of {loop.ms_a_step:.0f} ms, '
+              f'{loop.launches:.0f} launches, {loop.waits:.0f} waits')
+        assert loop.waits == 0
+        assert (share > .9) == (view == 224)
+
+
 def test_larger_pages():
     bench = 'from marsclr.study.training_speed import marsclr_bench; marsclr_bench()'
     def step_ms(**env):
