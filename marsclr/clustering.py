@@ -236,8 +236,8 @@ def marsclr_cluster(
     pack:str,        # pack folder; several, separated by commas, are one, as for marsclr_pretrain
     source:str='features', # texture, features, pixels, capture or labels
     clusters:int=150, # how many (K); 0: as many as three seeds agree on most (features and pixels)
-    # features and pixels: images of one sol, camera and sequence share their mean,
-    # and so their cluster
+    # features and pixels: images of one burst share their mean, and so their cluster; a burst is
+    # one group of a table of labels, or one sol, camera and sequence
     bursts:bool=False,
     # the .npz file to write; PACK.SOURCE.npz by default (PACK without `.pack`); beside it go a .png
     # to look at, and a .csv with the path and cluster of each image

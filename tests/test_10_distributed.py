@@ -4,6 +4,7 @@ import copy, os, shutil, subprocess, sys, tempfile
 from functools import partial
 from pathlib import Path
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, torch
+import torch.nn.functional as F
 from fastcore.test import *
 from matplotlib.colors import ListedColormap
 from matplotlib.patches import Rectangle
@@ -18,103 +19,153 @@ from marsclr.engine.packing import pack_archive
 
 
 def test_opening():
-    global W, ids, pack, part, tmp, z
-    tmp = Path(tempfile.mkdtemp())
-    pack = pack_archive(msl(write_marsyard(tmp/'yard', n=256, size=64)), tmp/'pack', size=64)
-    images,W = 8,4
-    ids = torch.arange(images).view(W, -1).repeat(1, 2).flatten()
-    ids
+    global W, ids, loss_of_anchors, part, whole, z
+    n_images = 8
+    W = 4  # processes
+    part = [slice(rank*4, rank*4+4) for rank in range(W)]  # the views of each process
+    ids = torch.arange(n_images).view(W, -1).repeat(1, 2).flatten()
+    for rank in range(W): print(f'process {rank} has views of images', *ids[part[rank]].tolist())
+
+    def loss_of_anchors(z, ids, anchors=slice(None)):
+        "Equation 1, mean over the anchors; every other view that is given is in the denominator"
+        z = F.normalize(z, dim=1)
+        views = torch.arange(len(z))
+        similarity = z[anchors] @ z.T / .5
+        itself = views[anchors][:,None] == views
+        positive = (ids[anchors][:,None] == ids) & ~itself
+        denominator = similarity.masked_fill(itself, -torch.inf).logsumexp(1)
+        return (denominator - similarity[positive]).mean()
 
     torch.manual_seed(0)
-    z = torch.randn(2*images, 16, dtype=torch.float64)
-    part = [slice(r*4, r*4+4) for r in range(W)]
-    whole = contrastive_loss(z, ids)[0]
-    parts = [contrastive_loss(z[p], ids[p])[0] for p in part]
+    z = torch.randn(2*n_images, 16, dtype=torch.float64)
+    whole = loss_of_anchors(z, ids)
+    test_close(whole, contrastive_loss(z, ids)[0], eps=1e-12)
+    parts = [loss_of_anchors(z[views], ids[views]) for views in part]
     assert sum(parts)/W < whole/2
-    whole, sum(parts)/W
+    print(f'loss of the whole batch: {whole:.3f}; mean of the losses of its parts: {sum(parts)/W:.3f}')
 
 
 def test_who_sees_which_pairs():
+    global rows
     own = torch.arange(W).repeat_interleave(4)
     inside = own[:,None] == own
-    everything = torch.ones_like(inside)
-    kinds = {'each for itself': (inside, inside), 'gathered without gradient': (everything, inside), 'gathered with gradient (ours)': (everything, everything)}
+    all_pairs = torch.ones_like(inside)
+    kinds = {'each for itself': (inside, inside),
+             'gathered without gradient': (all_pairs, inside),
+             'gathered with gradient (ours)': (all_pairs, all_pairs)}
+    colours = ListedColormap(plt.cm.tab10.colors[:W])
+
+    def draw_pairs(ax, title, seen, with_gradient):
+        "One panel; a black square holds the pairs among a process's own views"
+        process = np.where(seen, own[:,None], np.nan)
+        strength = np.where(with_gradient, 1., .3)
+        ax.imshow(process, cmap=colours, alpha=strength, vmin=0, vmax=W-1)
+        for views in part:
+            corner = (views.start-.5, views.start-.5)
+            ax.add_patch(Rectangle(corner, 4, 4, fill=False, lw=1.5))
+        ticks = range(0, 16, 4)
+        ax.set(title=title, xlabel='compared with view', xticks=ticks, yticks=ticks)
+
     fig,axs = plt.subplots(1, 3, figsize=(9, 3.3), dpi=70, layout='constrained', sharey=True)
-    for ax,(title,(seen,strong)) in zip(axs, kinds.items()):
-        ax.imshow(np.where(seen, own[:,None], np.nan), cmap=ListedColormap(plt.cm.tab10.colors[:W]), alpha=np.where(strong, 1., .3), vmin=0, vmax=W-1)
-        for p in part: ax.add_patch(Rectangle((p.start-.5, p.start-.5), 4, 4, fill=False, lw=1.5))
-        ax.set(title=title, xlabel='compared with view', xticks=range(0, 16, 4), yticks=range(0, 16, 4))
+    for ax,(title,pairs) in zip(axs, kinds.items()): draw_pairs(ax, title, *pairs)
     axs[0].set_ylabel('anchor (view)');
 
-    def gradient(losses):
-        "Gradient of the mean over processes; `losses` makes the loss of each from all projections"
+    def averaged_gradient(loss_of):
+        "Gradient of the mean over processes; `loss_of(x, rank)` is the loss that one process computes"
         x = z.clone().requires_grad_()
-        (sum(losses(x, r) for r in range(W))/W).backward()
+        (sum(loss_of(x, rank) for rank in range(W))/W).backward()
         return x.grad
 
-    def for_itself(x, r): return contrastive_loss(x[part[r]], ids[part[r]])[0]
-    def no_gradient(x, r):
-        others = x.detach().clone()
-        return contrastive_loss(torch.cat([others[:part[r].start], x[part[r]], others[part[r].stop:]]), ids, anchors=part[r])[0]
-    def ours(x, r): return contrastive_loss(x, ids, anchors=part[r])[0]
+    def for_itself(x, rank): return loss_of_anchors(x[part[rank]], ids[part[rank]])
 
-    right = gradient(lambda x,r: contrastive_loss(x, ids)[0])
-    found = {'each for itself': gradient(for_itself), 'gathered without gradient': gradient(no_gradient), 'gathered with gradient (ours)': gradient(ours)}
-    table = pd.DataFrame({k: dict(length=(g.norm()/right.norm()).item(), cosine=torch.cosine_similarity(g.flatten(), right.flatten(), 0).item()) for k,g in found.items()}).T
-    test_close(found['gathered with gradient (ours)'], right, eps=1e-12)
-    assert (table.cosine[:2] < .999).all() and (table.length[:2] < .99).all()
+    def without_gradient(x, rank):
+        gathered = x.detach().clone()
+        gathered[part[rank]] = x[part[rank]]  # its own views have a gradient
+        return loss_of_anchors(gathered, ids, part[rank])
+
+    def with_gradient(x, rank): return loss_of_anchors(x, ids, part[rank])
+
+    right = averaged_gradient(lambda x,rank: loss_of_anchors(x, ids))
+    rows = {}
+    for name,loss_of in zip(kinds, (for_itself, without_gradient, with_gradient)):
+        found = averaged_gradient(loss_of)
+        cosine = torch.cosine_similarity(found.flatten(), right.flatten(), dim=0)
+        rows[name] = dict(length=(found.norm()/right.norm()).item(), cosine=cosine.item())
+    table = pd.DataFrame(rows).T
+    assert (table.cosine[:2] < .999).all()
+    assert (table.length[:2] < .99).all()
+    test_close(averaged_gradient(with_gradient), right, eps=1e-12)
     table.round(3)
+
+    def ours(x, rank): return contrastive_loss(x, ids, anchors=part[rank])[0]
+
+    test_close(averaged_gradient(ours), right, eps=1e-12)
+    losses = [ours(z, rank) for rank in range(W)]
+    test_close(sum(losses)/W, whole, eps=1e-12)
 
 
 def test_what_batch_norm_sees():
+    global rows, tmp
     class Ghost(nn.Module):
-        "A batch norm as `w` processes would have it: each part of the batch for itself"
+        "A batch norm as `w` processes have it: each part of the batch by itself"
         def __init__(self, norm, w):
             super().__init__()
-            self.norm,self.w = norm,w
-        def forward(self, x): return torch.cat([self.norm(o) for o in x.chunk(self.w)])
+            self.norm = norm
+            self.w = w
 
-    def ghosts(model, w):
-        "A copy of a model, with every batch norm turned into ghost batches"
+        def forward(self, x): return torch.cat([self.norm(views) for views in x.chunk(self.w)])
+
+    def with_ghosts(model, w):
+        "A copy of a model in which every batch norm works on ghost batches"
         model = copy.deepcopy(model)
-        for name,m in list(model.named_modules()):
+        for name,module in list(model.named_modules()):
             parent,_,leaf = name.rpartition('.')
-            if isinstance(m, nn.modules.batchnorm._BatchNorm): setattr(model.get_submodule(parent), leaf, Ghost(m, w))
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                setattr(model.get_submodule(parent), leaf, Ghost(module, w))
         return model
 
-    bn = nn.BatchNorm1d(3)
+    norm = nn.BatchNorm1d(3)
     x = torch.randn(8, 3)
-    test_close(Ghost(bn, 2)(x)[:4], bn(x[:4]))
+    test_close(Ghost(norm, 2)(x)[:4], norm(x[:4]))
+    test_close(Ghost(norm, 1)(x), norm(x))
 
+    tmp = Path(tempfile.mkdtemp())
+    pack = pack_archive(msl(write_marsyard(tmp/'yard', n=256, size=64)), tmp/'pack', size=64)
     torch.manual_seed(0)
     rows = torch.arange(64)
-    views = torch.stack([Views(32)(pack[rows.numpy()], rows, 42, 0, v) for v in (0, 1)], 1)
+    views = torch.stack([Views(32)(pack[rows.numpy()], rows, 42, 0, view) for view in (0, 1)], 1)
 
     def loss_and_gradient(model, w):
-        "Loss and encoder gradient of 64 images; the views in the order of `w` processes"
-        x,i = views.view(w, -1, *views.shape[1:]).transpose(1, 2).flatten(0, 2), rows.view(w, -1).repeat(1, 2).flatten()
-        net = ghosts(model, w)
-        value = NTXentLoss(.2)(net(x), i)
+        "Loss and encoder gradient of 64 images, computed as by `w` processes"
+        x = views.view(w, -1, *views.shape[1:]).transpose(1, 2).flatten(0, 2)
+        image_ids = rows.view(w, -1).repeat(1, 2).flatten()
+        net = with_ghosts(model, w)
+        value = NTXentLoss(.2)(net(x), image_ids)
         value.backward()
         return value.item(), torch.cat([p.grad.flatten() for p in net.encoder.parameters()])
 
-    gn = partial(GroupNorm, num_groups=8)
-    models = {'batch norm': ContrastiveModel(create_encoder('resnet10t'), projection_head(512)), 'group norm': ContrastiveModel(create_encoder('resnet10t', norm_layer=gn), nn.Linear(512, 128))}
-    rows_of_table = []
+    group_norm = partial(GroupNorm, num_groups=8)
+    with_batch_norm = ContrastiveModel(create_encoder('resnet10t'), projection_head(512))
+    without = create_encoder('resnet10t', norm_layer=group_norm)
+    with_group_norm = ContrastiveModel(without, nn.Linear(512, 128))
+    models = {'batch norm': with_batch_norm, 'group norm': with_group_norm}
+    found = []
     for name,model in models.items():
-        one = loss_and_gradient(model, 1)[1]
+        alone = loss_and_gradient(model, 1)[1]
         for w in (1, 2, 4, 16):
-            value,g = loss_and_gradient(model, w)
-            rows_of_table.append(dict(norm=name, processes=w, loss=value, cosine=torch.cosine_similarity(g, one, 0).item()))
-    norms = pd.DataFrame(rows_of_table).pivot(index='processes', columns='norm')
-    assert norms[('cosine', 'group norm')].min() > .99999 and norms[('cosine', 'batch norm')].iloc[1:].max() < .99
+            value,gradient = loss_and_gradient(model, w)
+            cosine = torch.cosine_similarity(gradient, alone, 0).item()
+            found.append(dict(norm=name, processes=w, loss=value, cosine=cosine))
+    norms = pd.DataFrame(found).pivot(index='processes', columns='norm')
+    assert norms[('cosine', 'group norm')].min() > .99999
+    assert norms[('cosine', 'batch norm')].iloc[1:].max() < .99
     norms.round(4)
 
 
 def test_two_processes_in_a_cell():
-    global launch
+    global in_two
     program = f'''
-import sys, torch
+import torch
 from functools import partial
 from fastai.optimizer import OptimWrapper
 from torch import nn
@@ -128,50 +179,64 @@ from marsclr.training import contrastive_learner
 sgd = partial(OptimWrapper, opt=torch.optim.SGD, momentum=.9)
 with process_group(torch.device("cpu")):
     torch.manual_seed(0)
-    model = ContrastiveModel(create_encoder("convnext_atto", depths=(1, 1, 1, 1)), nn.Linear(320, 64))
-    learn = contrastive_learner(load_pack("{tmp}/pack"), model, NTXentLoss(.5), Views(32), bs=32, lr=1e-3, opt_func=sgd, bf16=False, device="cpu")
+    encoder = create_encoder("convnext_atto", depths=(1, 1, 1, 1))
+    model = ContrastiveModel(encoder, nn.Linear(320, 64))
+    learn = contrastive_learner(load_pack("{tmp}/pack"), model, NTXentLoss(.5), Views(32), bs=32,
+                                lr=1e-3, opt_func=sgd, bf16=False, device="cpu")
     with learn.no_bar(), learn.no_logging(): learn.fit(2)
     if rank() == 0: torch.save(learn.model.state_dict(), f"{tmp}/{{world_size()}}.pt")
 '''
-    (tmp/'program.py').write_text(program)
-    env = {**os.environ, 'OMP_NUM_THREADS': '1'}
-    launch = [sys.executable, '-c', 'from marsclr.engine.processes import marsclr_launch; marsclr_launch()', '--cpu', '--num_processes', '2', tmp/'program.py']
-    for command in ([sys.executable, tmp/'program.py'], launch): subprocess.run(command, env=env, check=True, capture_output=True)
+    (tmp/'program.py').write_text(program);
+
+    launcher = 'from marsclr.engine.processes import marsclr_launch; marsclr_launch()'
+    in_two = [sys.executable, '-c', launcher, '--cpu', '--num_processes', '2']
+    one_thread = {**os.environ, 'OMP_NUM_THREADS': '1'}
+    for start in ([sys.executable], in_two):
+        subprocess.run([*start, tmp/'program.py'], env=one_thread, check=True, capture_output=True)
+
     one,two = (torch.load(tmp/f'{w}.pt', weights_only=True) for w in (1, 2))
-    apart = max((one[k]-two[k]).abs().max().item() for k in one)
+    apart = max((one[name]-two[name]).abs().max().item() for name in one)
     assert apart < 1e-6
-    f'largest difference between {sum(o.numel() for o in one.values()):,} weights: {apart:.1e}'
+    f'largest difference between {sum(w.numel() for w in one.values()):,} weights: {apart:.1e}'
 
 
 def test_what_it_brings_and_what_it_costs():
     def speed(run, processes, threads):
         "Images a second of a short run of ResNet-18 at 64 px"
-        options = f'-m marsclr.pretrain {tmp}/pack {tmp}/{run} --backbone resnet18 --image_size 64 --batch_size 64 --epochs 2 --device cpu'.split()
-        start = [sys.executable] if processes == 1 else launch[:-1]
-        subprocess.run([*start, *options], env={**os.environ, 'OMP_NUM_THREADS': str(threads), 'MKL_NUM_THREADS': str(threads)}, check=True, capture_output=True)
-        return dict(processes=processes, threads=threads, images_per_s=pd.read_csv(tmp/run/'log.csv').images_per_s.iloc[-1])
+        start = [sys.executable] if processes == 1 else in_two
+        settings = '--backbone resnet18 --image_size 64 --batch_size 64 --epochs 2'.split()
+        command = [*start, '-m', 'marsclr.pretrain', tmp/'pack', tmp/run, *settings, '--device', 'cpu']
+        env = {**os.environ, 'OMP_NUM_THREADS': str(threads), 'MKL_NUM_THREADS': str(threads)}
+        subprocess.run(command, env=env, check=True, capture_output=True)
+        images_per_s = pd.read_csv(tmp/run/'log.csv').images_per_s.iloc[-1]
+        return dict(processes=processes, threads=threads, images_per_s=images_per_s)
 
     scaling = pd.DataFrame([speed('a', 1, 1), speed('b', 1, 2), speed('c', 2, 1)])
-    scaling['steps_per_s'] = (scaling.images_per_s/64).round(2)
+    scaling['steps_per_s'] = scaling.images_per_s/64
     assert (scaling.images_per_s > 0).all()
     scaling.round(2)
 
     model = ContrastiveModel(create_encoder('resnet50'), projection_head(2048))
     weights = sum(p.numel() for p in model.parameters())
-    channels = [m.num_features for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    norm_layers = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    statistics = sum(2*layer.num_features+1 for layer in norm_layers)
+    f'{weights/1e6:.1f} million weights, {len(norm_layers)} batch norms'
 
     def traffic(
         w,       # GPUs
-        b=128,   # images a GPU
+        b=128,   # images per GPU
         dim=128, # of the projections
     ):
-        "Megabytes per step and GPU"
-        return {'GPUs': w, 'global batch': w*b, 'gradients (MB)': 2*(w-1)/w*weights*4/1e6, 'projections (MB)': 2*(w-1)*2*b*dim*4/1e6,
-                'batch norm (MB)': (w-1)*sum(2*c+1 for c in channels)*4/1e6, 'similarities (MB in memory)': 2*b * 2*b*w * 4/1e6}
+        "Megabytes per step and GPU; a number is four bytes"
+        gathered = 2*(w-1)*2*b*dim  # two views; forth, and the gradient back
+        numbers = dict(gradients=2*(w-1)/w*weights, projections=gathered,
+                       batch_norm=(w-1)*statistics, similarities=2*b * 2*b*w)
+        return dict(GPUs=w, batch=w*b) | {name: n*4/1e6 for name,n in numbers.items()}
 
     costs = pd.DataFrame([traffic(w) for w in (4, 64, 1024)]).set_index('GPUs')
-    test_close(costs['similarities (MB in memory)'].loc[1024], 256*262144*4/1e6)
-    assert costs['projections (MB)'].loc[64] < costs['gradients (MB)'].loc[64] < costs['projections (MB)'].loc[1024]
-    f'{weights/1e6:.1f} million weights, {len(channels)} batch norms', costs.round(1)
+    costs['steps_per_million'] = (1e6/costs.batch).round()  # per epoch of a million images
+    test_close(costs.similarities[1024], 256*262144*4/1e6)
+    assert costs.projections[64] < costs.gradients[64] < costs.projections[1024]
+    costs.round(1)
 
     shutil.rmtree(tmp)

@@ -4,21 +4,23 @@ from copy import deepcopy
 from pathlib import Path
 import torch
 from torch import nn
+from marsclr.engine.encoders import check_size, width
 from marsclr.engine.files import atomic_write
-from marsclr.engine.encoders import check_size, input_stats, width
+from marsclr.engine.weights import input_stats
 import shutil, subprocess, sys, tempfile
 import numpy as np
 from fastcore.test import *
-from marsclr.engine.encoders import Stages, create_encoder, encode
 from marsclr.archives.marsyard import marsyard
+from marsclr.engine.encoders import create_encoder, encode
 from marsclr.engine.packing import Pack
+from marsclr.engine.stages import Stages
 from marsclr.engine.export import *
 
 
 def test_two_encoders_as_one():
     global images, pair
     torch.manual_seed(0)
-    one,two = (create_encoder(o).eval() for o in ('resnet10t', 'test_resnet'))
+    one,two = (create_encoder(name).eval() for name in ('resnet10t', 'test_resnet'))
     assert input_stats(one) != input_stats(two)
     pair = SideBySide(Stages(one), two).eval()
     images,table = marsyard(6, size=64)
@@ -42,7 +44,8 @@ encoder = torch.export.load('{file.name}').module()
 features = encoder(images)
 np.save('features.npy', features.detach().numpy())
 print(sorted({{'marsclr', 'fastai', 'timm'}} & sys.modules.keys()))'''
-    done = subprocess.run([sys.executable, '-c', three_lines], cwd=folder, capture_output=True, text=True)
+    alone = dict(cwd=folder, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, '-c', three_lines], **alone)
     assert done.returncode == 0, done.stderr
     test_eq(done.stdout, '[]\n')
     features = np.load(folder/'features.npy')
@@ -51,7 +54,7 @@ print(sorted({{'marsclr', 'fastai', 'timm'}} & sys.modules.keys()))'''
     f'{file.stat().st_size/2**20:.0f} MB, {features.shape} features'
 
     wrong = three_lines.replace("np.load('pixels.npy')", "np.load('pixels.npy')[:, :, :32, :32]")
-    done = subprocess.run([sys.executable, '-c', wrong], cwd=folder, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, '-c', wrong], **alone)
     assert done.returncode != 0 and '64' in done.stderr.splitlines()[-1]
     done.stderr.splitlines()[-1]
 

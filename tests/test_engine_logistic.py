@@ -32,7 +32,8 @@ def test_why_it_is_quick():
     stretch.set_penalty(.1)
     test_close(stretch.from_weight(stretch.to_weight(weight)), weight, 1e-5)
     covariance = x.T @ x/len(x)
-    curved = stretch.to_weight((covariance/2 + .1*np.eye(4, dtype=np.float32)) @ stretch.to_weight(np.eye(4, dtype=np.float32)))
+    bound = covariance/2 + .1*np.eye(4, dtype=np.float32)
+    curved = stretch.to_weight(bound @ stretch.to_weight(np.eye(4, dtype=np.float32)))
     test_close(curved, np.eye(4), 1e-4)
 
 

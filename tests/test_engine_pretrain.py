@@ -2,29 +2,130 @@
 # A function is a section of the notebook. They run in order: a name that another section uses too is global.
 from marsclr.engine.commands import command
 from marsclr.training import pretrain
-import os, subprocess, sys, tempfile
+import inspect, os, shutil, subprocess, sys, tempfile, textwrap
 from pathlib import Path
-import pandas as pd
+from unittest.mock import patch
+import pandas as pd, torch
 from fastcore.test import *
-from marsclr.datasets import msl
 from marsclr.archives.marsyard import write_marsyard
+from marsclr.datasets import msl
+from marsclr.engine.checkpoints import load_checkpoint
+from marsclr.engine.clusters import feature_clusters, pixel_features
+from marsclr.engine.encoders import fast_bf16, load_encoder
+from marsclr.engine.files import MarsclrError, read_json, write_json
 from marsclr.engine.packing import pack_archive
+from marsclr.engine.run_config import unnamed_settings
 from marsclr.pretrain import *
 
 
 def test_opening():
-    with expect_fail(SystemExit, '0'): marsclr_pretrain(['--help'])
+    wide = patch.dict(os.environ, COLUMNS='98')
+    with wide, expect_fail(SystemExit, '0'): marsclr_pretrain(['--help'])
 
+
+def test_several_processes():
+    global pack, tmp
     tmp = Path(tempfile.mkdtemp())
-    pack_archive(msl(write_marsyard(tmp/'yard', n=128, size=64)), tmp/'pack', size=64)
-    args = f'{tmp}/pack {tmp}/run --backbone resnet10t --image_size 32 --batch_size 64 --epochs 1 --device cpu'.split()
-    launch = [sys.executable, '-c', 'from marsclr.engine.processes import marsclr_launch; marsclr_launch()', '--cpu', '--num_processes', '2', '-m', 'marsclr.pretrain', *args]
-    done = subprocess.run(launch, env={**os.environ, 'OMP_NUM_THREADS': '1'}, capture_output=True, text=True)
+    pack = pack_archive(msl(write_marsyard(tmp/'yard', n=128, size=64)), tmp/'pack', size=64)
+    small = '--backbone resnet10t --image_size 32 --batch_size 64 --epochs 1 --device cpu'
+    start = 'from marsclr.engine.processes import marsclr_launch; marsclr_launch()'
+    launch = [sys.executable, '-c', start, *'--cpu --num_processes 2 -m marsclr.pretrain'.split()]
+    done = subprocess.run([*launch, f'{tmp}/pack', f'{tmp}/run', *small.split()],
+                          env={**os.environ, 'OMP_NUM_THREADS': '1'}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    test_eq(sorted(o.name for o in (tmp/'run').iterdir()), ['.lock', 'checkpoint.pt', 'config.json', 'encoder.safetensors', 'log.csv'])
+    files = ['.lock', 'checkpoint.pt', 'config.json', 'encoder.safetensors', 'log.csv']
+    test_eq(sorted(path.name for path in (tmp/'run').iterdir()), files)
     pd.read_csv(tmp/'run/log.csv')
 
-    wrong = subprocess.run([sys.executable, '-m', 'marsclr.pretrain', f'{tmp}/pack', f'{tmp}/other', '--backbone', 'resnet-18'], capture_output=True, text=True)
-    test_eq(wrong.returncode, 1)
+    wrong = f'-m marsclr.pretrain {tmp}/pack {tmp}/other --backbone resnet-18'
+    done = subprocess.run([sys.executable, *wrong.split()], capture_output=True, text=True)
+    test_eq(done.returncode, 1)
     assert not (tmp/'other').exists()
-    wrong.stderr.splitlines()[-1]
+    message = done.stderr.splitlines()[-1]
+    assert "knows no model 'resnet-18'; near to it: resnet18" in message
+    print('\n'.join(textwrap.wrap(message, 90)))
+
+
+def test_the_identity_of_a_run():
+    global clustered, settings
+    settings = dict(backbone='resnet10t', image_size=32, epochs=2, batch_size=64, temperature=.2,
+                    device='cpu')
+    run = pretrain(f'{tmp}/pack', f'{tmp}/two', **settings)
+    config = read_json(run/'config.json')
+    elsewhere = {'pack', 'run', 'clusters', 'save_every', 'knn', 'device'}
+    test_eq(set(inspect.signature(pretrain).parameters) - elsewhere - set(config), set())
+    test_eq(config['precision'], 'bf16' if fast_bf16('cpu') else 'fp32')
+    other = 'fp32' if fast_bf16('cpu') else 'bf16'
+    with expect_fail(MarsclrError, f'precision is {config["precision"]!r} there, {other!r} here'):
+        pretrain(f'{tmp}/pack', f'{tmp}/two', precision=other, **settings)
+    pd.Series(config).to_frame('config.json')
+
+    given = feature_clusters(pixel_features(pack), pack, 12)
+    given.save(tmp/'given.npz')
+    clustered = settings | dict(loss='cluster_aware', clusters=f'{tmp}/given.npz', refresh=1)
+    run = pretrain(f'{tmp}/pack', f'{tmp}/followed', **clustered)
+    last = load_checkpoint(run/'checkpoint.pt')['callbacks']['refresh_clusters']['clusters']
+    test_eq(len(last), len(given))
+    assert (last.numpy() != given.ids).any()
+
+    config = read_json(tmp/'followed/config.json')
+    test_eq(config['positives'], 'cluster')
+    write_json(tmp/'followed/config.json', {k: v for k,v in config.items() if k != 'positives'})
+    with expect_fail(MarsclrError, "positives is 'view' there, 'cluster' here"):
+        pretrain(f'{tmp}/pack', f'{tmp}/followed', **clustered)
+    write_json(tmp/'followed/config.json', config)
+
+
+def test_a_start_that_is_not_random():
+    once = settings | dict(epochs=1)
+    odd = pretrain(f'{tmp}/pack', f'{tmp}/odd', **once | dict(backbone='test_resnet'))
+    still = pretrain(f'{tmp}/pack', f'{tmp}/still', init=f'{tmp}/odd', **once | dict(backbone='', lr=0))
+    first = load_encoder(odd).state_dict()
+    last = load_encoder(still).state_dict()
+    test_eq(last['conv1.0.weight'], first['conv1.0.weight'])
+    assert not torch.equal(last['conv1.1.running_mean'], first['conv1.1.running_mean'])
+    config = read_json(still/'config.json')
+    test_eq((config['backbone'], config['normalisation']), ('test_resnet', [[.5]*3]*2))
+    config['init']
+
+    with expect_fail(MarsclrError, "init is 'encoder"):
+        pretrain(f'{tmp}/pack', f'{tmp}/still', **once | dict(backbone='test_resnet', lr=0))
+
+    def forget_settings(run): # as an older version would have left it
+        later = unnamed_settings('ntxent')
+        config = read_json(run/'config.json')
+        write_json(run/'config.json', {k: v for k,v in config.items() if k not in later})
+
+    forget_settings(tmp/'two')
+    pretrain(f'{tmp}/pack', f'{tmp}/two', **settings)
+    forget_settings(odd)
+    with expect_fail(MarsclrError, 'normalisation is'):
+        pretrain(f'{tmp}/pack', f'{tmp}/odd', **once | dict(backbone='test_resnet'))
+
+    slow = once | dict(backbone='', layer_decay=.7, frozen_norm=True, save_every=1)
+    kept = load_encoder(pretrain(f'{tmp}/pack', f'{tmp}/kept', init=f'{tmp}/odd', **slow)).state_dict()
+    test_eq(kept['conv1.1.running_mean'], first['conv1.1.running_mean'])
+    assert not torch.equal(kept['conv1.0.weight'], first['conv1.0.weight'])
+
+
+def test_what_is_refused():
+    def refused(message, run='new', **changed):
+        with expect_fail(MarsclrError, message):
+            pretrain(f'{tmp}/pack', f'{tmp}/{run}', **settings | changed)
+        assert not (tmp/'new').exists()
+
+    refused('temperature is 0.2 there, 0.5 here', 'two', temperature=.5)
+    refused('exists and is not a run', 'pack')
+    refused("--loss 'simclr' is not known: choose from ntxent dcl", loss='simclr')
+    refused('--layer_decay 0: give more than 0', layer_decay=0)
+    refused('--epochs 0: give at least 1', epochs=0)
+    refused('--seed 9223372036854775808: give a number below', seed=2**63)
+    refused('--batch_size 1: ', batch_size=1)
+    refused('--temperature inf: give a finite number', temperature=float('inf'))
+
+    refused('needs clusters', loss='cluster_aware')
+    refused('but the loss ntxent does not use them', clusters=f'{tmp}/given.npz')
+    refused('--refresh 2 needs clusters to begin with', refresh=2)
+    refused('--refresh 2 never happens in 2 epochs', **clustered | dict(refresh=2))
+
+    shutil.rmtree(tmp)

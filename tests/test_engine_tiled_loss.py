@@ -73,7 +73,7 @@ def test_from_tiles_to_the_batch():
     test_eq(x.grad.tolist(), [30, 60])
 
     test_eq(default_tile(8192, torch.device('cuda')), 8192)
-    test_eq(default_tile(512, torch.device('cpu')), 1024)
+    test_eq(default_tile(512, torch.device('cpu')), 512)
 
     rng = torch.Generator().manual_seed(0)
     x = torch.randn(5, 3, dtype=torch.float64, generator=rng).requires_grad_()

@@ -19,7 +19,8 @@ from marsclr.atlas import draw_maps, is_map_of
 from marsclr.archives.marsyard import write_marsyard
 from marsclr.study.methods import Lab, recipe_of
 from marsclr.engine.packing import Pack, load_pack, pack_archive
-from marsclr.study.grid import draw_tables, grid, groups, missing, price, read_cells
+from marsclr.study.figures import draw_tables
+from marsclr.study.grid import grid, groups, missing, price, read_cells
 from marsclr.study.purity import break_even, gains_over_dcl, purity_curve, purity_figure
 from marsclr.engine.runs import open_run
 from marsclr.texture import texture_clusters

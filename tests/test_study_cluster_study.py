@@ -13,6 +13,7 @@ from marsclr.texture import load_texture
 import shutil, tempfile
 import numpy as np
 from fastcore.test import *
+from IPython.utils.capture import capture_output
 from marsclr.datasets import msl
 from marsclr.archives.marsyard import write_marsyard
 from marsclr.engine.packing import pack_archive
@@ -26,8 +27,9 @@ def test_the_sources():
     tmp = Path(tempfile.mkdtemp())
     pack = pack_archive(msl(write_marsyard(tmp/'yard', n=400, size=64)), tmp/'pack', size=64)
     tiny = dict(image_size=32, epochs=1, backbone='resnet10t', device='cpu')
-    eq1 = pretrain(f'{tmp}/pack', f'{tmp}/eq1', batch_size=64, **tiny)
-    texture_clusters(pack, tmp/'texture', k=10, **tiny)
+    with capture_output():
+        eq1 = pretrain(f'{tmp}/pack', f'{tmp}/eq1', batch_size=64, **tiny)
+        texture_clusters(pack, tmp/'texture', k=10, **tiny)
     def features(pack, seed): return source_features(pack, seed, eq1, tmp/'texture')
 
     seen = {source: f() for source,f in features(pack, 0).items()}
@@ -58,9 +60,12 @@ def test_the_table():
     with_spread(table, ['source', 'k'], shown).head(9)
 
 
-def test_how_many_clusters():
-    trade_figure(table);
+def test_as_a_picture():
+    fig = trade_figure(table)
+    test_eq(len(fig.axes[0].lines), 8+1);
 
+
+def test_how_many_clusters():
     rule = k_rule(table)
     assert (rule.gain <= rule.best_gain).all()
     test_eq(set(rule.picked) <= set(ks), True)

@@ -66,8 +66,10 @@ def test_the_probe_of_a_fold():
     test_eq(result.images.sum(), original.sum())
     test_eq(len(result), 40)
     with expect_fail(MarsclrError, 'choose a divisor'): cross_validate(x, pack.table, 40, 7)
-    with expect_fail(MarsclrError, 'no image of the pack has a label'): cross_validate(x, pack.table.assign(label=-1))
-    {'accuracy': result.right.sum()/result.images.sum(), 'log-loss': result.log_loss.sum()/result.known.sum()}
+    with expect_fail(MarsclrError, 'no image of the pack has a label'):
+        cross_validate(x, pack.table.assign(label=-1))
+    total = result.sum()
+    print(f'accuracy {total.right/total.images:.1%}, log-loss {total.log_loss/total.known:.3f} nats')
 
     careless = rng.integers(0, 10, len(y))
     found = [predict_fold(x, y, careless, original, i) for i in range(10)]
@@ -79,7 +81,8 @@ def test_the_probe_of_a_fold():
 
 
 def test_the_difference_of_two_encoders_with_one_interval():
-    one = pd.DataFrame(dict(seed=[1, 1, 2, 2, 3, 3], block=[0, 1]*3, images=10, right=[5, 6, 5, 7, 4, 6]))
+    seeds = [1, 1, 2, 2, 3, 3]
+    one = pd.DataFrame(dict(seed=seeds, block=[0, 1]*3, images=10, right=[5, 6, 5, 7, 4, 6]))
     more = paired_gain(one.assign(right=one.right+1), one)
     test_close(more['gain'], 10, eps=1e-9)
     test_close(more['half'], 0, eps=1e-9)
@@ -96,10 +99,12 @@ def test_several_methods_at_once():
         "Blocks of an 'encoder': thumbnails along so many random directions"
         directions = np.random.default_rng(seed).normal(size=(x.shape[1], width))
         blocks = cross_validate(x @ directions, pack.table)
-        return blocks.assign(method=method, seed=seed, test_images=blocks.images//3, test_right=blocks.right//3)
+        tested = dict(test_images=blocks.images//3, test_right=blocks.right//3)
+        return blocks.assign(method=method, seed=seed, **tested)
 
     widths = {'8 directions': 8, '64 directions': 64}
-    table = pd.concat([blocks_of(method, width, seed) for method,width in widths.items() for seed in range(3)])
+    table = pd.concat([blocks_of(method, width, seed)
+                       for method,width in widths.items() for seed in range(3)])
     compared = compare_methods(table, '8 directions')
     gain = paired_gain(*(table[table.method == o] for o in ('64 directions', '8 directions')))
     assert gain['gain'] > gain['half']
@@ -121,7 +126,8 @@ def test_what_it_can_see_and_what_it_cannot():
 
     def share(gain):
         "How often a gain is found above zero, and how often its whole interval is"
-        tried = [paired_gain(*simulate_gains(rng, 2900, 40, .5, 1, gain=gain), draws=400) for _ in range(100)]
+        tried = [paired_gain(*simulate_gains(rng, 2900, 40, .5, 1, gain=gain), draws=400)
+                 for _ in range(100)]
         found = pd.DataFrame(tried)
         return dict(ordered=(found.gain > 0).mean(), sure=(found.gain > found.half).mean())
 

@@ -5,12 +5,9 @@ from functools import cache
 from pathlib import Path
 import numpy as np, pandas as pd
 from fastcore.basics import AttrDict, patch
-from matplotlib import pyplot as plt
-from scipy.stats import t as student
-from marsclr.study.cross_validation import compare_methods, cross_validate, gain_figure, image_blocks
-from marsclr.engine.files import MarsclrError, append_rows, data_root, one_line, read_json, atomic_write
+from marsclr.study.cross_validation import cross_validate, image_blocks
+from marsclr.engine.files import MarsclrError, append_rows, data_root, one_line, read_json
 from marsclr.engine.encoders import create_encoder
-from marsclr.false_negatives import false_negative_rate, simulate
 from marsclr.linear_evaluation import probe
 from marsclr.study.methods import Lab, commit, encoder_of, recipe_of, run_name, untrained
 import shutil, tempfile
@@ -23,36 +20,49 @@ from marsclr.study.grid import rows
 
 
 def test_the_groups():
-    global cells, settings, tiny
+    global cells, settings, twice
     tiny = dict(backbone='resnet10t', image_size=32, epochs=1, batch_size=16, warmup=2)
-    settings = dict(size=32, pretrain=tiny, supervised=tiny, k={'pixels + capture': 6}, natural=30, images=40, labels=[10, 100], draws=2,
-                    groups=dict(fig3={'random weights': [42, 43], 'eq. 1': [42, 43], 'DCL': [42, 43]}, table2={'natural only': [42]}, fig4={'random weights': [42]}))
+    few = dict(
+        fig3={'random weights': [42, 43], 'eq. 1': [42, 43], 'DCL': [42, 43]},
+        table2={'natural only': [42]}, fig4={'random weights': [42]})
+    settings = dict(
+        size=32, pretrain=tiny, supervised=tiny, k={'pixels + capture': 6}, natural=30, images=40,
+        labels=[10, 100], draws=2, groups=few)
     cells = grid(settings, ['fig3', 'fig4'], ['MarsYard'])
     test_eq(len(cells), 3*2 + 2 + 1)
-    test_ne(config_of('eq. 1', settings), config_of('eq. 1', dict(settings, pretrain=dict(tiny, epochs=2))))
-    test_eq(config_of('eq. 1, epochs=2', settings), config_of('eq. 1', dict(settings, pretrain=dict(tiny, epochs=2))))
-    test_eq(len({config_of(o, settings) for o in groups['ablations']}), len(groups['ablations']))
-    test_eq(config_of('random weights', settings), config_of('random weights', dict(settings, pretrain=dict(tiny, epochs=2))))
     with expect_fail(MarsclrError, "--only 'fig9' is not known"): grid(settings, ['fig9'], ['MarsYard'])
-    cells
+    cells.drop(columns='group')
+
+    twice = dict(settings, pretrain=dict(tiny, epochs=2))
+    test_ne(config_of('eq. 1', settings), config_of('eq. 1', twice))
+    test_eq(config_of('eq. 1, epochs=2', settings), config_of('eq. 1', twice))
+    test_eq(config_of('random weights', settings), config_of('random weights', twice))
+    names = {config_of(method, settings) for method in groups['ablations']}
+    test_eq(len(names), len(groups['ablations']))
 
 
 def test_fewer_labels():
     global tmp, yard
     tmp = Path(tempfile.mkdtemp())
     yard = yard_pack(tmp/'yard.pack', n=160, seed=2, size=32, homogeneity=.3)
-    def kept(percent, draw): return set(np.flatnonzero(draw_labels(yard.table, percent, draw).split == 'train'))
-    shares = [kept(p, 0) for p in (1, 10, 50, 100)]
+    def kept(percent, draw):
+        table = draw_labels(yard.table, percent, draw)
+        return set(np.flatnonzero(table.split == 'train'))
+
+    shares = [kept(percent, 0) for percent in (1, 10, 50, 100)]
     assert all(a < b for a,b in zip(shares, shares[1:]))
     test_eq(yard.table.label[list(shares[0])].nunique(), yard.table.label[list(shares[-1])].nunique())
     test_ne(kept(10, 0), kept(10, 1))
-    [len(o) for o in shares]
+    [len(images) for images in shares]
 
     (tmp/'seed-0').mkdir()
-    train = yard.table.path[yard.table.split == 'train'].map(lambda o: Path(o).name)
-    (tmp/'seed-0/1pctTrain.txt').write_text(f'{train.iloc[0]} 3\n{train.iloc[5]} 1\n')
-    test_eq(list(draw_labels(yard.table, 1, 0, tmp).query('split == "train"').index), [train.index[0], train.index[5]])
-    (tmp/'seed-0/1pctTrain.txt').write_text('moon.jpg 3\n')
+    train = yard.table[yard.table.split == 'train']
+    names = train.path.map(lambda path: Path(path).name)
+    lists = tmp/'seed-0/1pctTrain.txt'
+    lists.write_text(f'{names.iloc[0]} 3\n{names.iloc[5]} 1\n')
+    drawn = draw_labels(yard.table, 1, 0, tmp)
+    test_eq(list(drawn.index[drawn.split == 'train']), [train.index[0], train.index[5]])
+    lists.write_text('moon.jpg 3\n')
     with expect_fail(MarsclrError, 'names 1 images, 0 of them'): draw_labels(yard.table, 1, 0, tmp)
     with expect_fail(MarsclrError, '5pctTrain.txt is missing'): draw_labels(yard.table, 5, 0, tmp)
 
@@ -60,110 +70,86 @@ def test_fewer_labels():
 def test_what_is_missing():
     global lab, table
     small = dict(size=32, homogeneity=.3)
-    lab = Lab(dict(pool=yard_pack(tmp/'pool.pack', n=96, seed=1, **small), natural=leaves_pack(tmp/'natural.pack', 40, 1, 32), MarsYard=yard), tmp, settings)
+    pool = yard_pack(tmp/'pool.pack', n=96, seed=1, **small)
+    natural = leaves_pack(tmp/'natural.pack', 40, 1, 32)
+    lab = Lab(dict(pool=pool, natural=natural, MarsYard=yard), tmp, settings)
     with capture_output(): lab.run(cells)
     table = read_cells(tmp/'fig3.csv')
     test_eq(len(table), 6)
     test_eq(len(missing(cells[cells.group == 'fig3'], table)), 0)
-    assert (table.accuracy > table.low).all() and (table.accuracy < table.high).all()
-    table[['method', 'seed', 'accuracy', 'low', 'high', 'val_accuracy', 'epochs', 'config']].round(3)
+    assert ((table.low < table.accuracy) & (table.accuracy < table.high)).all()
+    table[['method', 'seed', 'accuracy', 'low', 'high', 'val_accuracy', 'epochs']].round(3)
 
-    shared = [[o for o in (tmp/f'{g}.csv').read_text().splitlines() if o.startswith('random weights,42,MarsYard,100,')] for g in ('fig3', 'fig4')]
-    test_eq(*shared)
-    shared[0][0][:60]
+    def row_of(group):
+        lines = (tmp/f'{group}.csv').read_text().splitlines()
+        return next(line for line in lines if line.startswith('random weights,42,MarsYard,100,'))
+
+    test_eq(row_of('fig3'), row_of('fig4'))
+    row_of('fig3')[:60]
 
     rows = (tmp/'fig3.csv').read_text().splitlines(keepends=True)
     (tmp/'fig3.csv').write_text(''.join(rows[:-1]))
-    test_eq(missing(cells[cells.group == 'fig3'], read_cells(tmp/'fig3.csv')).method.tolist(), ['DCL'])
+    lost = missing(cells[cells.group == 'fig3'], read_cells(tmp/'fig3.csv'))
+    test_eq(lost.method.tolist(), ['DCL'])
     with capture_output(): lab.run(cells)
-    test_eq(read_cells(tmp/'fig3.csv').drop(columns=['features_s', 'probe_s']), table.drop(columns=['features_s', 'probe_s']))
+    times = ['features_s', 'probe_s']
+    test_eq(read_cells(tmp/'fig3.csv').drop(columns=times), table.drop(columns=times))
 
 
 def test_blocks_of_time():
-    crossed = dict(settings, groups=dict(cross_validation={'random weights': [42, 43, 44], 'DCL': [42, 43]}))
-    with capture_output() as out: lab.run(grid(crossed, ['cross_validation'], ['MarsYard']))
+    methods = {'random weights': [42, 43, 44], 'DCL': [42, 43]}
+    crossed = dict(settings, groups=dict(cross_validation=methods))
+    asked = grid(crossed, ['cross_validation'], ['MarsYard'])
+    with capture_output() as out: lab.run(asked)
     blocks = read_cells(tmp/'cross_validation.csv')
     of_one = blocks[(blocks.method == 'DCL') & (blocks.seed == 42)]
-    test_eq(of_one.images.sum(), (~is_copy(yard.table)).sum())
+    total = of_one[['images', 'right', 'test_images', 'test_right']].sum()
+    test_eq(total.images, (~is_copy(yard.table)).sum())
     in_fig3 = table[(table.method == 'DCL') & (table.seed == 42)].iloc[0]
-    test_eq(of_one.test_images.sum(), in_fig3.images)
-    test_close(of_one.test_right.sum()/of_one.test_images.sum(), in_fig3.accuracy, eps=1e-4)
-    assert f'{of_one.right.sum()/of_one.images.sum():.1%} of {of_one.images.sum()}' in out.stdout
-    test_eq(len(missing(grid(crossed, ['cross_validation'], ['MarsYard']), blocks)), 0)
-    of_one.head(3)
+    test_eq(total.test_images, in_fig3.images)
+    test_close(total.test_right/total.test_images, in_fig3.accuracy, eps=1e-4)
+    assert f'{total.right/total.images:.1%} of {total.images}' in out.stdout
+    test_eq(len(missing(asked, blocks)), 0)
+    of_one[['method', 'seed', 'block', 'images', 'right', 'test_images', 'test_right']].head(3)
 
-    for text,why in {'': 'cannot be read as a table of cells', 'a,b\n1,2\n': "no column 'method'"}.items():
+    for text,why in {'': 'cannot be read as a table of cells',
+                     'a,b\n1,2\n': "no column 'method'"}.items():
         (tmp/'other.csv').write_text(text)
         with expect_fail(MarsclrError, why): read_cells(tmp/'other.csv')
 
-    other = grid(dict(settings, pretrain=dict(tiny, epochs=2)), ['fig3'], ['MarsYard'])
+    other = grid(twice, ['fig3'], ['MarsYard'])
     test_eq(missing(other, table).method.unique().tolist(), ['eq. 1', 'DCL'])
 
 
 def test_what_it_will_cost():
     costs = dict(settings, pool_images=96, images_per_s=1, probe_s=30)
     asked = grid(costs, ['fig3', 'table2'], ['MarsYard'])
-    test_eq(price(asked, costs, tmp/'elsewhere').set_index('method').encoders.to_dict(), {'random weights': 0, 'eq. 1': 2, 'DCL': 2, 'natural only': 1})
+    elsewhere = price(asked, costs, tmp/'elsewhere').set_index('method').encoders.to_dict()
+    test_eq(elsewhere, {'random weights': 0, 'eq. 1': 2, 'DCL': 2, 'natural only': 1})
     test_eq(len(price(asked[:0], costs, tmp)), 0)
     bill = price(asked, costs, tmp)
     test_eq(bill.encoders.tolist(), [0, 0, 0, 1])
     bill
 
-    asked = grid(dict(costs, groups=dict(ablations={f'eq. 1{o}': [42] for o in ('', ', epochs=3', ', image_size=64', ', backbone=resnet18', ', layer=layer3')})), ['ablations'], ['MarsYard'])
-    test_eq(price(asked, costs, tmp/'elsewhere').encoders.tolist(), [1, 1, 1, 1, 0])
-    test_eq(price(asked, dict(costs, images_per_s=.01, probe_s=0), tmp/'elsewhere').minutes.tolist(), [160, 480, 640, round(160*weights('resnet18')/weights('resnet10t')), 0])
-    labeled = grid(dict(costs, groups=dict(fig3={'supervised from scratch': [42]})), ['fig3'], ['MarsYard'])
-    test_eq(price(labeled, dict(costs, supervised=dict(epochs=4), labeled_images=60, images_per_s=.1, probe_s=0), tmp/'elsewhere').minutes.tolist(), [20])
-    refreshed = grid(dict(costs, groups=dict(ablations={f'cluster-aware, capture{o}': [42] for o in (', epochs=8', ', epochs=8, refresh=2')})), ['ablations'], ['MarsYard'])
-    test_eq(price(refreshed, dict(costs, images_per_s=1e9, probe_s=60), tmp/'elsewhere').minutes.tolist(), [1, 4])
+    def asked_for(group, *methods):
+        "The cells of some methods, one seed each"
+        some = dict(costs, groups={group: {method: [42] for method in methods}})
+        return grid(some, [group], ['MarsYard'])
 
+    changes = ('', ', epochs=3', ', image_size=64', ', backbone=resnet18', ', layer=layer3')
+    asked = asked_for('ablations', *(f'eq. 1{change}' for change in changes))
+    nowhere = tmp/'elsewhere'
+    test_eq(price(asked, costs, nowhere).encoders.tolist(), [1, 1, 1, 1, 0])
+    slow = dict(costs, images_per_s=.01, probe_s=0)
+    larger = round(160*weights('resnet18')/weights('resnet10t'))
+    test_eq(price(asked, slow, nowhere).minutes.tolist(), [160, 480, 640, larger, 0])
 
-def test_seeds_and_test_images():
-    test_close(half_width([62., 64., 66.]), 4.3027*2/3**.5, eps=1e-3)
-    assert np.isnan(half_width([64., 66.]))
-    three = pd.DataFrame(dict(
-        method=['eq. 1']*3 + ['DCL']*3, seed=[42, 43, 44]*2, accuracy=[.60, .62, .64, .63, .64, .65],
-        low=.55, high=.65, balanced_accuracy=.3, macro_f1=.3, val_accuracy=.6))
-    test_eq(less(three, 'eq. 1').loc['DCL', 'mean'].round(6), 2)
-    test_close(less(three, 'eq. 1').loc['DCL', 'half'], 4.3027/3**.5, eps=1e-3)
-    summary(three)
-
-
-def test_pictures():
-    method_figure(table, dict(MarsYard={'eq. 1': 30}));
-
-    labels_figure(read_cells(tmp/'fig4.csv'));
-
-    curve = table[table.seed == 42].assign(method=[f'cluster-aware, pixels + capture, K={o}' for o in (5, 50, 500)])
-    fig = clusters_figure(curve, table[table.method == 'DCL'])
-    test_eq(fig.axes[0].get_xticks(), [5, 50, 500])
-
-    few = dict(settings, groups=dict(ablations={f'eq. 1{o}': [42] for o in ('', ', temperature=0.5', ', epochs=2', ', layer=layer3')}))
-    with capture_output(): lab.run(grid(few, ['ablations'], ['MarsYard']))
-    ablations = read_cells(tmp/'ablations.csv')
-    test_eq(ablations.epochs.tolist(), [1, 1, 2, 1])
-    test_eq(ablations.config.nunique(), 4)
-    test_eq(len(list(tmp.glob('eq1*seed42'))), 3)
-    test_eq([base_of(o) for o in ('cluster-aware, capture, refresh=2', 'eq. 1, layer=all', 'cluster-aware, capture')], ['cluster-aware, capture', 'eq. 1', 'eq. 1'])
-    ablation_figure(ablations)
-    c = changes(ablations)
-    test_close(c.loc['eq. 1, epochs=2', 'test, gained'], (ablations.accuracy[2]-ablations.accuracy[0])*100, eps=.051)
-    c
-
-
-def test_table_2s_other_column():
-    lab.packs['natural'].table['label'] = 0
-    rates = pool_rates(lab, ['natural only', 'half and half'], 42).set_index('method')
-    test_close(rates.formula['natural only'], 2*15/31, eps=1e-9)
-    assert rates.formula['half and half'] < rates.formula['natural only']
-    assert ((rates.simulated - rates.formula).abs() <= 4*rates.error + 1e-9).all()
-    rates
-
-
-def test_all_at_once():
-    with capture_output() as out: draw_tables(lab, ['fig3', 'ablations', 'cross_validation'])
-    assert 'accuracy less DCL' in out.stdout and (tmp/'cross_validation.png').exists()
-    assert 'fig3, MarsYard' in out.stdout and 'less DCL' in out.stdout and 'val, gained' in out.stdout
-    test_eq((tmp/'fig3.png').read_bytes()[1:4], b'PNG')
+    asked = asked_for('fig3', 'supervised from scratch')
+    slow = dict(costs, supervised=dict(epochs=4), labeled_images=60, images_per_s=.1, probe_s=0)
+    test_eq(price(asked, slow, nowhere).minutes.tolist(), [20])
+    eight = 'cluster-aware, capture, epochs=8'
+    refreshed = [eight, f'{eight}, refresh=2']
+    quick = dict(costs, images_per_s=1e9, probe_s=60)
+    test_eq(price(asked_for('ablations', *refreshed), quick, nowhere).minutes.tolist(), [1, 4])
 
     shutil.rmtree(tmp)

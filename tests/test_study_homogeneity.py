@@ -42,6 +42,7 @@ def test_the_dial():
 
     rates = pd.Series({name: rate_of(yard) for name,yard in yards.items()})
     assert rates.iloc[0] > rates.iloc[1] > rates.iloc[2]
+    test_eq(yard_pack(tmp/'0.pack').fingerprint, yards['2 classes, bursts of 1'].fingerprint)
     rates.round(3)
 
 
@@ -49,6 +50,8 @@ def test_another_domain():
     leaves = leaves_pack(tmp/'leaves.pack', 8, 1)
     test_eq(leaves.table.domain.unique().tolist(), ['leaves'])
     test_eq(np.asarray(dead_leaves(5)), np.asarray(dead_leaves(5)))
+    assert (np.asarray(dead_leaves(5)) != np.asarray(dead_leaves(6))).any()
+    test_eq(leaves_pack(tmp/'leaves.pack', 8, 1).fingerprint, leaves.fingerprint)
     fig,axs = plt.subplots(1, 8, figsize=(8, 1.1), dpi=70, layout='constrained')
     for i,ax in enumerate(axs):
         ax.imshow(leaves[i])
@@ -57,6 +60,7 @@ def test_another_domain():
 
 def test_what_is_compared():
     own = labeled_yard(tmp, 10, dict(labeled=60, yard=dict(homogeneity=.3, size=32)))
+    assert 0 <= accuracy(create_encoder('resnet10t'), own) <= 1
     test_eq(own.table.split.value_counts().to_dict(), dict(test=30, train=20, val=10))
     test_eq(own.table.label.nunique(), 10)
     own
@@ -67,8 +71,11 @@ def test_a_point_of_the_dial():
     tiny = dict(backbone='resnet10t', image_size=32, epochs=1, batch_size=16)
     small = dict(images=48, labeled=180, yard=dict(homogeneity=.3, size=32), pretrain=tiny)
     points = [(2, 1), (10, 3)]
+    test_eq(missing(tmp/'curve/curve.csv', 2, 1, 42), ['random weights', *methods])
     with capture_output(): table = curve(tmp/'curve', points, [42], small)
     test_eq(len(table), 2*6)
+    test_eq(missing(tmp/'curve/curve.csv', 2, 1, 42), [])
+    test_eq(len(missing(tmp/'curve/curve.csv', 2, 1, 43)), 6)
     once = (tmp/'curve/curve.csv').read_text()
     curve(tmp/'curve', points, [42], small)
     test_eq((tmp/'curve/curve.csv').read_text(), once)
@@ -90,7 +97,8 @@ def test_as_a_picture():
 
     whole = pd.read_csv('../results/homogeneity-marsyard.csv')
     test_eq(sorted(whole.seed.unique()), [42, 43, 44])
-    curve_figure(whole);
+    fig = curve_figure(whole)
+    test_eq(len(fig.axes), 3);
 
     mean = gains(whole).groupby('method')[['own', 'same']].mean()
     assert (mean.loc['random weights'] < -2).all()

@@ -14,12 +14,15 @@ from torch import nn
 from marsclr import __version__
 from marsclr.engine.views import Views
 from marsclr.study.cluster_study import source_features
-from marsclr.engine.clusters import Clusters, capture_clusters, central_clusters, kmeans, label_clusters, load_clusters
+from marsclr.engine.clusters import Clusters, capture_clusters, central_clusters, kmeans
+from marsclr.engine.clusters import label_clusters, load_clusters
 from marsclr.engine.files import MarsclrError, atomic_write, write_json
 from marsclr.archives.downloads import digest
-from marsclr.engine.encoders import Stages, create_encoder, encode, fast_bf16, input_stats, load_encoder, pick_device, save_encoder, width
+from marsclr.engine.encoders import Stages, create_encoder, encode, fast_bf16, input_stats
+from marsclr.engine.encoders import load_encoder, pick_device, save_encoder, width
 from marsclr.engine.packing import Pack, concat_packs
-from marsclr.engine.runs import Autocast, PackLoader, RunFolder, RunLearner, open_run, show_progress
+from marsclr.engine.runs import Autocast, PackLoader, RunFolder, RunLearner, open_run
+from marsclr.engine.runs import show_progress
 from marsclr.texture import texture_clusters
 from marsclr.training import Schedule, adam, pretrain
 import shutil, tempfile
@@ -30,84 +33,118 @@ from marsclr.study.homogeneity import leaves_pack, yard_pack
 from marsclr.linear_evaluation import probe
 from marsclr.clustering import pair_quality
 from marsclr.study.methods import *
+from marsclr.study.methods import clusters, pool
 
 
 def test_recipes():
     test_eq(recipe_of('eq. 1'), {})
-    test_eq(recipe_of('cluster-aware, pixels + capture, K=50'), dict(loss='cluster_aware', clusters='pixels + capture', k=50))
+    aware = recipe_of('cluster-aware, pixels + capture, K=50')
+    test_eq(aware, dict(loss='cluster_aware', clusters='pixels + capture', k=50))
     view_positives = recipe_of('eq. 2, view positives, capture')
     test_eq(view_positives, dict(loss='view_positives', clusters='capture'))
-    test_eq(recipe_of('DCL, temperature=0.5, epochs=24, layer=layer3'), dict(loss='dcl', layer='layer3', pretrain=dict(temperature=.5, epochs=24)))
+    changed = recipe_of('DCL, temperature=0.5, epochs=24, layer=layer3')
+    test_eq(changed, dict(loss='dcl', layer='layer3', pretrain=dict(temperature=.5, epochs=24)))
     test_eq(encoder_of('DCL, layer=layer3, epochs=24'), 'DCL, epochs=24')
-    for bad,why in {'SwAV': "method 'SwAV' is not known", 'eq. 1, depth=18': 'choose from refresh init backbone image_size', 'eq. 1, epochs=2.5': 'not of type int', 'eq. 1, K=5': 'leave K out', 'cluster-aware, capture, K=5': 'leave K out',
-                    'random weights, epochs=2': 'leave epochs out'}.items():
-        with expect_fail(MarsclrError, why): recipe_of(bad)
+
+    for name,why in {
+        'SwAV': "method 'SwAV' is not known",
+        'eq. 1, depth=18': 'choose from refresh init backbone image_size',
+        'eq. 1, epochs=2.5': 'not of type int',
+        'eq. 1, K=5': 'leave K out',
+        'cluster-aware, capture, K=5': 'leave K out',
+        'random weights, epochs=2': 'leave epochs out',
+    }.items():
+        with expect_fail(MarsclrError, why): recipe_of(name)
 
 
 def test_the_pools():
-    global lab, packs, tmp, yard
+    global lab, packs, tmp
     tmp = Path(tempfile.mkdtemp())
-    yard = dict(size=32, homogeneity=.3)
-    packs = dict(pool=yard_pack(tmp/'pool.pack', n=96, seed=1, **yard), natural=leaves_pack(tmp/'natural.pack', 40, 1, 32), MarsYard=yard_pack(tmp/'yard.pack', n=160, seed=2, **yard))
+    small = dict(size=32, homogeneity=.3)
+    packs = dict(
+        pool=yard_pack(tmp/'pool.pack', n=96, seed=1, **small),
+        natural=leaves_pack(tmp/'natural.pack', 40, 1, 32),
+        MarsYard=yard_pack(tmp/'yard.pack', n=160, seed=2, **small))
     tiny = dict(backbone='resnet10t', image_size=32, epochs=1, batch_size=16, warmup=2)
-    settings = dict(pretrain=tiny, supervised=dict(tiny), k={'pixels + capture': 6, 'eq. 1 features': 6}, natural=30, images=40)
+    k = {'pixels + capture': 6, 'eq. 1 features': 6}
+    settings = dict(pretrain=tiny, supervised=dict(tiny), k=k, natural=30, images=40)
     lab = Lab(packs, tmp, settings)
     names = 'all', 'with natural', 'mixed', 'curiosity', 'natural', 'half'
-    pools = {o: lab.pool(o, 42).table.domain.value_counts().to_dict() for o in names}
-    test_eq([sum(o.values()) for o in pools.values()], [96, 136, 96, 40, 40, 40])
+    pools = {name: lab.pool(name, 42).table.domain.value_counts().to_dict() for name in names}
+    test_eq([sum(counts.values()) for counts in pools.values()], [96, 136, 96, 40, 40, 40])
     test_eq(pools['half']['leaves'], 20)
     test_ne(lab.pool('half', 42).fingerprint, lab.pool('half', 43).fingerprint)
     pools
 
-    with expect_fail(MarsclrError, '41 images cannot be drawn from the 40'): draw(packs['natural'], 41, 42)
+    with expect_fail(MarsclrError, '41 images cannot be drawn from the 40'):
+        draw(packs['natural'], 41, 42)
 
 
 def test_supervised_from_scratch():
     global yard
-    with capture_output(): run = supervised(packs['MarsYard'], tmp/'sup', 'resnet10t', 32, 10, 16, warmup=10)
     yard = packs['MarsYard']
-    with capture_output(): r = probe(encode(load_encoder(run), yard).numpy(), yard.table, yard.classes)
-    assert r.accuracy > np.bincount(r.truth).max()/len(r.truth)
-    round(r.accuracy, 2)
+    options = dict(backbone='resnet10t', image_size=32, epochs=10, batch_size=16, warmup=10)
+    with capture_output():
+        run = supervised(yard, tmp/'sup', **options)
+        r = probe(encode(load_encoder(run), yard).numpy(), yard.table, yard.classes)
+    largest = np.bincount(r.truth).max()/len(r.truth)
+    assert r.accuracy > largest
+    print(f'{r.accuracy:.2f}, where the largest class alone has {largest:.2f}')
 
     weights = (run/'encoder.safetensors').read_bytes()
     (run/'encoder.safetensors').unlink()
-    with capture_output(): supervised(packs['MarsYard'], tmp/'sup', 'resnet10t', 32, 10, 16, warmup=10)
+    with capture_output(): supervised(yard, tmp/'sup', **options)
     assert (run/'encoder.safetensors').read_bytes() == weights
 
 
 def test_from_a_method_to_an_encoder():
-    kinds = 'random weights', 'supervised from scratch', 'eq. 1', 'DCL', 'half and half', 'cluster-aware, pixels + capture', 'attraction, pixels + capture', 'cluster-aware, true classes', 'recommended, epochs=2'
-    with capture_output(): made = {o: lab.train(o, 42, yard) for o in kinds}
-    config = {o: read_json(r/'config.json') for o,r in made.items() if r}
+    kinds = ('random weights', 'supervised from scratch', 'eq. 1', 'DCL', 'half and half',
+             'cluster-aware, pixels + capture', 'attraction, pixels + capture',
+             'cluster-aware, true classes', 'recommended, epochs=2')
+    with capture_output(): made = {kind: lab.train(kind, 42, yard) for kind in kinds}
+    config = {kind: read_json(run/'config.json') for kind,run in made.items() if run}
     test_eq(made['random weights'], None)
-    test_eq([c['loss'] for c in config.values()], ['supervised', 'ntxent', 'dcl', 'ntxent', 'cluster_aware', 'attraction', 'cluster_aware', 'dcl'])
-    test_eq(config['recommended, epochs=2']['images'], len(lab.packs['pool']) + (yard.table.split == 'train').sum())
-    test_eq([config[o]['epochs'] for o in ('eq. 1', 'half and half')], [1, 2])
-    test_eq(config['cluster-aware, pixels + capture']['clusters_fingerprint'], config['attraction, pixels + capture']['clusters_fingerprint'])
-    {o: c['clusters'] for o,c in config.items() if c.get('clusters')}
+    losses = ['supervised', 'ntxent', 'dcl', 'ntxent', 'cluster_aware', 'attraction',
+              'cluster_aware', 'dcl']
+    test_eq([c['loss'] for c in config.values()], losses)
+    n_train = (yard.table.split == 'train').sum()
+    test_eq(config['recommended, epochs=2']['images'], len(lab.packs['pool']) + n_train)
+    test_eq([config[kind]['epochs'] for kind in ('eq. 1', 'half and half')], [1, 2])
+    same = [config[f'{loss}, pixels + capture'] for loss in ('cluster-aware', 'attraction')]
+    test_eq(*(c['clusters_fingerprint'] for c in same))
+    {kind: c['clusters'] for kind,c in config.items() if c.get('clusters')}
 
-    central = load_clusters(lab.clusters('central pixels + capture', 4, 42), lab.packs['pool'])
-    whole_clusters = load_clusters(lab.clusters('pixels + capture', 4, 42), lab.packs['pool'])
-    assert central.k > whole_clusters.k
-    purer = [pair_quality(o.ids, lab.packs['pool'].table.label.to_numpy())['purity'] for o in (central, whole_clusters)]
-    assert purer[0] > purer[1]
-    central, purer
+    pool = lab.packs['pool']
+    central = load_clusters(lab.clusters('central pixels + capture', 4, 42), pool)
+    complete = load_clusters(lab.clusters('pixels + capture', 4, 42), pool)
+    assert central.k > complete.k
+    labels = pool.table.label.to_numpy()
+    purity = [pair_quality(clusters.ids, labels)['purity'] for clusters in (central, complete)]
+    assert purity[0] > purity[1]
+    print(central)
+    print('purity of the central images and of all: {:.2f} and {:.2f}'.format(*purity))
 
     before = (made['DCL']/'encoder.safetensors').stat().st_mtime
     (made['DCL']/'made.json').unlink()
     with capture_output(): lab.train('DCL', 42)
     test_eq((made['DCL']/'encoder.safetensors').stat().st_mtime, before)
     test_eq(read_json(made['DCL']/'made.json'), dict(commit='given', cpu_seconds=None))
-    with capture_output(): x,run = lab.features('DCL', 42, yard)
+
+    with capture_output():
+        x,run = lab.features('DCL', 42, yard)
+        covariances,_ = lab.features('recommended, epochs=2', 42, yard)
+        every,_ = lab.features('recommended, epochs=2, layer=all', 42, yard)
+        random,_ = lab.features('random weights', 42, yard)
     test_eq((x.shape, run), ((160, 512), made['DCL']))
-    with capture_output(): x,y = (lab.features(f'recommended, epochs=2{o}', 42, yard)[0] for o in ('', ', layer=all'))
-    test_eq((x.shape, y.shape), ((160, 1920 + 4*48*49//2), (160, 2*(64+128+256+512))))
-    test_eq(lab.features('random weights', 42, yard)[0], lab.features('random weights', 42, yard)[0])
+    test_eq(covariances.shape, (160, 1920 + 4*48*49//2))
+    test_eq(every.shape, (160, 2*(64+128+256+512)))
+    test_eq(lab.features('random weights', 42, yard)[0], random)
 
     with capture_output(): run = lab.train('DCL, temperature=0.2, epochs=2', 42)
-    a,b = (read_json(o/'config.json') for o in (made['DCL'], run))
-    test_eq({k: (a[k], b[k]) for k in a if a[k] != b[k]}, dict(temperature=(.5, .2), epochs=(1, 2)))
+    plain = read_json(made['DCL']/'config.json')
+    changed = read_json(run/'config.json')
+    differ = {key: (plain[key], changed[key]) for key in plain if plain[key] != changed[key]}
+    test_eq(differ, dict(temperature=(.5, .2), epochs=(1, 2)))
     with capture_output(): x,run = lab.features('DCL, layer=layer3', 42, yard)
     test_eq((x.shape, run), ((160, 256), made['DCL']))
     assert not list(tmp.glob('*layer*'))

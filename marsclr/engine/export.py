@@ -11,8 +11,9 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from .encoders import check_size, width
 from .files import atomic_write
-from .encoders import check_size, input_stats, width
+from .weights import input_stats
 
 # %% ../../nbs/engine/export.ipynb #79ba703b
 class SideBySide(nn.Module):
@@ -24,14 +25,17 @@ class SideBySide(nn.Module):
         self.encoders = nn.ModuleList(encoders)
         self.num_features = sum(map(width, encoders))
         self.default_cfg = dict(mean=(0.,)*3, std=(1.,)*3)
-        for name,values in zip(('means', 'stds'), zip(*map(input_stats, encoders))):
-            self.register_buffer(name, torch.tensor(values)[:,:,None,None], persistent=False)
+        means,stds = zip(*map(input_stats, encoders))
+        self.register_buffer('means', torch.tensor(means)[:,:,None,None], persistent=False)
+        self.register_buffer('stds', torch.tensor(stds)[:,:,None,None], persistent=False)
 
     def forward(self,
         x:torch.Tensor, # (B, 3, H, W) in [0, 1]
     ) -> torch.Tensor: # (B, num_features) float32
-        each = zip(self.encoders, self.means, self.stds)
-        return torch.cat([encoder((x-mean)/std).float() for encoder,mean,std in each], 1)
+        features = []
+        for encoder,mean,std in zip(self.encoders, self.means, self.stds):
+            features.append(encoder((x-mean)/std).float())
+        return torch.cat(features, 1)
 
 # %% ../../nbs/engine/export.ipynb #982c8847
 def export_encoder(
@@ -41,7 +45,8 @@ def export_encoder(
 ) -> Path: # images (B, 3, size, size) in [0, 1] to features (B, width(encoder)) float32
     "Write an encoder, and how its images are normalised, as one file that torch alone can load"
     check_size(encoder, size)
-    net = SideBySide(deepcopy(encoder)).to('cpu', torch.float, memory_format=torch.contiguous_format).eval()
+    net = SideBySide(deepcopy(encoder)).eval()
+    net = net.to('cpu', torch.float, memory_format=torch.contiguous_format)
     shapes = ({0: torch.export.Dim('images')},)
     with torch.no_grad():
         program = torch.export.export(net, (torch.zeros(2, 3, size, size),), dynamic_shapes=shapes)

@@ -71,7 +71,7 @@ def objective(
 
 # %% ../../nbs/engine/logistic.ipynb #logi0011
 class Stretch:
-    "A change of coordinates in which the curvature of the objective is at most about one in every direction"
+    "Coordinates in which the curvature of the objective is about one in every direction"
     def __init__(self,
         x:np.ndarray,    # (N, D) float32, standardised
         directions=64,  # that get a scale of their own
@@ -90,7 +90,7 @@ class Stretch:
         self.ratio = (self.variances/2 + penalty)**-.5/self.common
 
     def to_weight(self,
-        u:np.ndarray, # (D, K) stretched coordinates; the map is symmetric, so it takes gradients too
+        u:np.ndarray, # (D, K) stretched coordinates, or a gradient: the map is symmetric
     ) -> np.ndarray:  # (D, K) float32
         along = self.axes.T @ u
         along *= (self.ratio-1).astype(np.float32)[:,None]

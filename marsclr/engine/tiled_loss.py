@@ -73,7 +73,7 @@ class KnownGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx, of_value): return of_value*ctx.saved_tensors[0], None, None
 
-# %% ../../nbs/engine/tiled_loss.ipynb #fbc2437c
+# %% ../../nbs/engine/tiled_loss.ipynb #b12af7e8
 def before_normalising(
     gradient:torch.Tensor, # (M, D) by the views of length one
     unit:torch.Tensor,     # (M, D) views of length one
@@ -87,8 +87,8 @@ def default_tile(
     views:int,           # in the batch
     device:torch.device,
 ) -> int: # anchors at a time
-    "2**19 similarities fit the cache of a CPU; a GPU takes 2**26, which is all of 8192 views"
-    return max(64, 2**(19 if device.type == 'cpu' else 26)//views)
+    "2**18 similarities fit the cache of a CPU; a GPU takes 2**26, which is all of 8192 views"
+    return max(64, 2**(18 if device.type == 'cpu' else 26)//views)
 
 # %% ../../nbs/engine/tiled_loss.ipynb #2ce073e4
 def contrastive_loss(

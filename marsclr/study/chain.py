@@ -27,7 +27,8 @@ from ..atlas import draw_maps, is_map_of
 from ..archives.marsyard import write_marsyard
 from .methods import Lab, recipe_of
 from ..engine.packing import Pack, load_pack, pack_archive
-from .grid import draw_tables, grid, groups, missing, price, read_cells
+from .figures import draw_tables
+from .grid import grid, groups, missing, price, read_cells
 from .purity import break_even, gains_over_dcl, purity_curve, purity_figure
 from ..engine.runs import open_run
 from ..texture import texture_clusters

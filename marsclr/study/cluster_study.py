@@ -27,6 +27,7 @@ def _random_encoder(trained, seed):
     torch.manual_seed(seed)
     return create_encoder(trained().default_cfg['architecture'])
 
+# %% ../../nbs/study/cluster_study.ipynb #c57d0021
 def source_features(
     pack:Pack,  # to be clustered
     seed:int,   # of random weights
@@ -68,6 +69,7 @@ def study_rows(
             rows.append(row | dict(silhouette=silhouette(x, ids), stability=same))
     return rows
 
+# %% ../../nbs/study/cluster_study.ipynb #c57d0020
 def cluster_table(
     packs:dict,    # labeled packs by name
     features,      # function (pack, seed) -> dict of features by source

@@ -54,6 +54,7 @@ def dead_leaves(
         draw.ellipse((x-r, y-r, x+r, y+r), fill=tuple(colour))
     return canvas
 
+# %% ../../nbs/study/homogeneity.ipynb #h0a00020
 def leaves_pack(
     path,    # of the pack
     n:int,   # images
@@ -153,6 +154,7 @@ def measure(
     for name,yard in yards.items(): row[name] = accuracy(encoder, yard)
     return row | dict(seconds=time.perf_counter()-began)
 
+# %% ../../nbs/study/homogeneity.ipynb #h0a00021
 def point_packs(
     to:Path,        # folder of packs
     classes:int,
@@ -186,6 +188,7 @@ def missing(
     there = set(t[(t.classes == classes) & (t.burst == burst) & (t.seed == seed)].method)
     return [method for method in everything if method not in there]
 
+# %% ../../nbs/study/homogeneity.ipynb #h0a00022
 def curve(
     to,            # folder for the table and the packs
     points,        # (classes, mean length of bursts)
@@ -242,6 +245,7 @@ def _draw_curve(ax, t, column, sd=None):
     ax.set_xticks([1, 3, 10, 30, 50], [1, 3, 10, 30, 50])
     ax.minorticks_off()
 
+# %% ../../nbs/study/homogeneity.ipynb #h0a00023
 def curve_figure(
     table:pd.DataFrame, # what `curve` made
 ):

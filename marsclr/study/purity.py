@@ -89,6 +89,7 @@ def _measure_cell(cell, to, labeled, settings):
     scores = dict(accuracy=result.accuracy, val_loss=result.val_loss)
     return cell | of_pairs | scores | dict(seconds=time.perf_counter()-began)
 
+# %% ../../nbs/study/purity.ipynb #6b0a0020
 def purity_curve(
     to,            # folder for the table and the packs
     # `images`, `labeled`, `classes`, `yard` (for `write_marsyard`), `pretrain`, `ways`, `seeds`
@@ -124,6 +125,7 @@ def gains_over_dcl(
     return by_way.agg(purity=('purity', 'mean'), recall=('recall', 'mean'), gain=('gain', 'mean'),
                       sd=('gain', 'std'), seeds=('gain', 'size')).reset_index()
 
+# %% ../../nbs/study/purity.ipynb #6b0a0021
 def break_even(
     table:pd.DataFrame, # what `gains_over_dcl` made
     method='cluster-aware',
