@@ -58,7 +58,20 @@ def test_augmentation():
     test_eq(compose(transforms, 16)(image).size, (16, 16))
 
     images, _ = marsyard(16, size=96)
+    pictures = [Image.fromarray(image) for image in images]
+    test_eq([len(pair) for pair in lightly_views(pictures[:4], 32)()], [2, 2])
+    test_eq([view.shape for view in picture_views(pictures[:2], 32)()], [(3, 32, 32)]*2)
+    test_eq([view.shape for view in tensor_views(torch.from_numpy(images[:2]), 32)()], [(3, 32, 32)]*2)
+
+    tensors = torch.from_numpy(images)
+    test_eq(kornia_views(tensors, 32)().shape, (16, 3, 32, 32))
+    make_views = our_views(tensors, 32)
+    first = make_views()
+    test_is(make_views(), first) # written over
+
     few = augment_cases(images, 64)
+    test_eq(len(few), 7)
+    test_eq(list(cpu_augmentations(pictures, tensors, 64))[0], 'lightly, no blur')
     test_eq(few['marsclr']().shape, (16, 3, 64, 64))
     test_eq(few['torchvision, PIL']()[0].shape, (3, 64, 64))
     test_eq(len(few['lightly, no blur']())*2, 16)
@@ -117,6 +130,9 @@ def test_on_a_gpu():
     test_eq(by_case.waits.marsclr.tolist(), [0]*len(by_case))
     assert by_case.gpu_ms.marsclr[256] < .2*by_case.median_ms.marsclr[256]
     assert by_case.launches.marsclr.max() < by_case.launches.lightly.min()
+    plain = by_case.loc[8192].unstack()['plain: one matrix']
+    ours = by_case.loc[8192].unstack()['marsclr']
+    assert ours.gpu_ms > .9*ours.median_ms and .4 < plain.median_ms/ours.median_ms < .6
 
     gpu_views = pd.read_csv('../results/bench-augment-cuda.csv')
     columns = ['case', 'view', 'image', 'views_per_s', 'launches', 'waits', 'peak_MiB']

@@ -13,6 +13,7 @@ from marsclr.study.counting import counted, counters
 from marsclr.study.measuring import Pictures, installed, on_gpu, summary, take_turns, yard_images
 from marsclr.study.speed import value_and_gradient
 from marsclr.training import TwoViews, adam, contrastive_learner
+from textwrap import fill
 from fastcore.test import *
 from marsclr.study.training_step import *
 
@@ -22,6 +23,7 @@ def test_the_floor():
     pack = yard_images(48, 48)
     views = two_views(pack, 32, 16)
     test_eq(views.shape, (32, 3, 32, 32))
+    assert views.isfinite().all()
     assert not torch.equal(views[:16], views[16:]) # two different views of each image
 
     model = model_of('resnet10t')
@@ -33,6 +35,11 @@ def test_the_floor():
 
 
 def test_the_loops():
+    learn = our_learner(pack, 'resnet10t', 32, 16)
+    test_eq(len(learn.dls.train), 3)
+    fit_quietly(learn, 2)
+    test_eq(learn.epoch, 1)
+
     cases = train_cases(pack, 'resnet10t', 32, 16, workers=0)
     assert all(callable(epoch) for epoch in cases.values())
     test_eq(list(cases)[:2], ['marsclr', 'floor: one batch, over and over'])
@@ -59,7 +66,7 @@ def test_where_the_time_goes():
     test_eq(judged(loop=100, model=40, augmentation=55, loader=10), 'augmentation-bound')
     test_eq(judged(loop=100, model=40, augmentation=5, loader=10), 'overhead-bound')
 
-    print(verdict(parts).replace('. ', '.\n'))
+    print(fill(verdict(parts), 100))
 
 
 def test_what_a_step_asks_for():
