@@ -32,6 +32,7 @@ def test_features():
     pack = yard_images(64, 32)
     cases = feature_cases(pack, 'resnet10t')
     ours = cases.pop('marsclr')()
+    test_eq(ours.shape, (64, 512))
     for f in cases.values(): test_eq(torch.cat(f()).shape, ours.shape)
     theirs = torch.cat(cases['torchvision, decoded PIL']())
     assert F.cosine_similarity(ours, theirs).min() > .99
@@ -60,6 +61,12 @@ def test_clusters():
 
 def test_packing():
     with tempfile.TemporaryDirectory() as folder:
+        Image.new('RGB', (64, 32), 'red').save(f'{folder}/red.png')
+        square = decode(Path(folder)/'red.png', 16)
+    test_eq(square.shape, (16, 16, 3))
+    test_eq(square.reshape(-1, 3).min(0), [255, 0, 0])
+
+    with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         archive = msl(write_marsyard(folder/'yard', n=60, size=96))
         test_eq(decode(archive.root/archive.table.path[0], 64).shape, (64, 64, 3))
@@ -70,4 +77,5 @@ def test_packing():
 
     small = bench_pack(1, n=20, real=False)
     test_eq(small.case.tolist(), ['marsclr', 'floor: decode and resize'])
+    test_eq(small.source.tolist(), ['MarsYard']*2)
     test_close(small.images_per_s*small.median_ms, np.full(2, 1000.))

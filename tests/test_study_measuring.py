@@ -44,8 +44,8 @@ def test_time():
     test_eq(len(tidied), 2*(1+3))
     table = summary(turns, 2)
     test_eq([type(name) for name in table.case], [str, str])
-    assert 1 <= table.median_ms[0] < 3 <= table.median_ms[1]
-    assert 2 < table.times_ours[1] < 4
+    assert 1 <= table.median_ms[0] < 5 and 3 <= table.median_ms[1]
+    assert 1.5 < table.times_ours[1] < 6 # on a busy machine, sleeping takes longer
     table.round(2)
 
     ratio_figure(table.assign(views=1, case=['ours', 'theirs']), 'views');

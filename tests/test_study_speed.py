@@ -20,7 +20,7 @@ from marsclr.study.speed import *
 def test_the_loss():
     global linux
     z = torch.tensor([[1., 0], [0, 1], [1, 0], [0, 1]])
-    test_close(plain_loss(z).item(), np.log(np.exp(2)+2)-2, eps=1e-6)
+    test_close(matrix_loss(z).item(), np.log(np.exp(2)+2)-2, eps=1e-6)
 
     z = torch.randn(64, 8, generator=torch.Generator().manual_seed(1))
     values = {name: loss().item() for name,loss in loss_functions(z).items()}
@@ -58,7 +58,20 @@ def test_augmentation():
     test_eq(compose(transforms, 16)(image).size, (16, 16))
 
     images, _ = marsyard(16, size=96)
+    pictures = [Image.fromarray(image) for image in images]
+    test_eq([len(pair) for pair in lightly_views(pictures[:4], 32)()], [2, 2])
+    test_eq([view.shape for view in picture_views(pictures[:2], 32)()], [(3, 32, 32)]*2)
+    test_eq([view.shape for view in tensor_views(torch.from_numpy(images[:2]), 32)()], [(3, 32, 32)]*2)
+
+    tensors = torch.from_numpy(images)
+    test_eq(kornia_views(tensors, 32)().shape, (16, 3, 32, 32))
+    make_views = our_views(tensors, 32)
+    first = make_views()
+    test_is(make_views(), first) # written over
+
     few = augment_cases(images, 64)
+    test_eq(len(few), 7)
+    test_eq(list(cpu_augmentations(pictures, tensors, 64))[0], 'lightly, no blur')
     test_eq(few['marsclr']().shape, (16, 3, 64, 64))
     test_eq(few['torchvision, PIL']()[0].shape, (3, 64, 64))
     test_eq(len(few['lightly, no blur']())*2, 16)
@@ -102,3 +115,29 @@ def test_what_it_came_to():
     test_eq(by_view_times[64].idxmin(), 'kornia, batched')
     test_eq(by_view_times[224].idxmax(), 'kornia, batched')
     assert by_view_times.drop('kornia, batched').min().min() > 11
+
+
+def test_on_a_gpu():
+    gpu_loss = pd.read_csv('../results/bench-loss-cuda.csv')
+    print(gpu_loss[['gpu', 'cuda', 'torch', 'lightly']].iloc[0].to_string())
+    gpu_loss.pivot(index='views', columns='case', values=['median_ms', 'gpu_ms']).round(1)
+
+    gpu_loss.pivot(index='views', columns='case', values=['launches', 'waits', 'peak_MiB']).round()
+
+    by_case = gpu_loss.pivot(index='views', columns='case')
+    assert (by_case.times_ours['plain: one matrix'] < 1).all()
+    assert (by_case.times_ours.lightly > 1).all()
+    test_eq(by_case.waits.marsclr.tolist(), [0]*len(by_case))
+    assert by_case.gpu_ms.marsclr[256] < .2*by_case.median_ms.marsclr[256]
+    assert by_case.launches.marsclr.max() < by_case.launches.lightly.min()
+    plain = by_case.loc[8192].unstack()['plain: one matrix']
+    ours = by_case.loc[8192].unstack()['marsclr']
+    assert ours.gpu_ms > .9*ours.median_ms and .4 < plain.median_ms/ours.median_ms < .6
+
+    gpu_views = pd.read_csv('../results/bench-augment-cuda.csv')
+    columns = ['case', 'view', 'image', 'views_per_s', 'launches', 'waits', 'peak_MiB']
+    gpu_views[columns].round(1)
+
+    rate = gpu_views.pivot(index='view', columns='case', values='views_per_s')
+    assert (rate.marsclr > 100*rate.lightly).all()
+    test_eq(gpu_views.waits[gpu_views.case == 'marsclr'].tolist(), [0, 0])

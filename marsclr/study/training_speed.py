@@ -8,6 +8,7 @@ __all__ = ['settings', 'on_cpu', 'benches', 'groups', 'train_memory', 'cases_tab
 
 # %% ../../nbs/study/training_speed.ipynb #226b967b
 from pathlib import Path
+from textwrap import fill
 
 import numpy as np, pandas as pd, torch
 from matplotlib import pyplot as plt
@@ -110,7 +111,7 @@ def explain_step(
     where = torch.cuda.get_device_name() if on_gpu(device) else f'{torch.get_num_threads()} threads'
     print(f'{backbone}, {batch_size} images, two views of {image_size} px each, {where}')
     print('ms a step: ' + ', '.join(f'{part} {ms:.1f}' for part,ms in parts.items()))
-    print(verdict(parts))
+    print(fill(verdict(parts), 100))
     print('a step asks for (operations dispatched by torch; on a GPU also kernels and waits):')
     print(counts.to_string())
 

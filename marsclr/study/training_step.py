@@ -8,6 +8,7 @@ __all__ = ['model_of', 'step_of', 'two_views', 'lightly_loop', 'our_learner', 'f
 
 # %% ../../nbs/study/training_step.ipynb #226b967b
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np, pandas as pd, torch
 from fastai.callback.core import Callback
@@ -19,7 +20,7 @@ from ..losses import NTXentLoss
 from .counting import counted, counters
 from .measuring import Pictures, installed, on_gpu, summary, take_turns, yard_images
 from .speed import value_and_gradient
-from ..training import adam, contrastive_learner
+from ..training import TwoViews, adam, contrastive_learner
 
 # %% ../../nbs/study/training_step.ipynb #c1aa0ced
 def model_of(
@@ -125,13 +126,16 @@ def train_cases(
 def augment_loop(
     pack:Pack, size:int, bs:int, device='cpu', # as in `train_cases`
 ): # function: the views of as many steps as an epoch has
-    "Both views of one batch, over and over"
-    views = Views(size)
+    "What training does to a batch before the model sees it, over and over"
     images = pack[np.arange(bs)].to(device)
     ids = torch.arange(bs, device=device)
-    out = torch.empty(bs, 3, size, size, device=device)
+    callback = TwoViews(Views(size))
+    callback.learn = learn = SimpleNamespace(epoch=0)
     def augment():
-        for view in range(2*(len(pack)//bs)): views(images, ids, 42, 0, view, out=out)
+        for _ in range(len(pack)//bs):
+            learn.xb = images,
+            learn.yb = ids,
+            callback.before_batch()
     return augment
 
 # %% ../../nbs/study/training_step.ipynb #4502c633
