@@ -100,8 +100,7 @@ class TwoViews(Callback):
         size = self.views.size
         if self.both is None:
             self.both = torch.empty(2*len(images), 3, size, size, device=images.device)
-        for v,half in enumerate(self.both.split(len(images))):
-            self.views(images, rows, self.seed, self.epoch, v, out=half)
+        self.views.two(images, rows, self.seed, self.epoch, out=self.both)
         rows = rows.repeat(2)
         self.learn.xb = (self.both,)
         self.learn.yb = (rows,) if self.clusters is None else (rows, self.clusters[rows])
