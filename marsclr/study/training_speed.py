@@ -182,8 +182,7 @@ def marsclr_bench(
     batch_size:int=128,   # images in a batch
     device:str='',        # cpu, or cuda (bench-WHAT-cuda.csv); the GPU if there is one
 ):
-    """Speed and memory on this machine, in one run, beside the peers that are installed
-    (pip install lightly pytorch-metric-learning kornia)"""
+    "Speed and memory here, beside lightly, pytorch-metric-learning and kornia where installed"
     check_bench(what, to, explain, rounds=rounds, threads=threads,
                 image_size=image_size, batch_size=batch_size)
     device = pick(device, what)
