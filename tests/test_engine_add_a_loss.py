@@ -91,7 +91,8 @@ def test_train_with_it():
     losses['debiased'] = DebiasedLoss
 
     tmp = Path(tempfile.mkdtemp())
-    pack = pack_archive(msl(write_marsyard(tmp/'yard', n=128, size=32, n_classes=4)), tmp/'pack', size=32)
+    yard = write_marsyard(tmp/'yard', n=128, size=32, n_classes=4)
+    pack = pack_archive(msl(yard), tmp/'pack', size=32)
     small = dict(backbone='resnet10t', image_size=32, batch_size=32, epochs=1, lr=1e-3, device='cpu')
     run = pretrain(pack, tmp/'run', loss='debiased', **small)
     log = pd.read_csv(run/'log.csv')
