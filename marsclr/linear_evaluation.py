@@ -11,7 +11,6 @@ import random
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-
 import numpy as np, pandas as pd, torch
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
@@ -108,10 +107,8 @@ class ProbeResult:
 
     @property
     def accuracy(self): return float((self.truth == self.predicted).mean())
-
     @property
     def balanced_accuracy(self): return float(recall_of(self.truth, self.predicted).mean())
-
     @property
     def macro_f1(self):
         options = dict(labels=np.unique(self.truth), average='macro', zero_division=0)
@@ -125,7 +122,6 @@ def recall_of(
     "Share of each class's images that are found"
     return np.array([(predicted[truth == c] == c).mean() for c in np.unique(truth)])
 
-# %% ../nbs/05_linear_evaluation.ipynb #lin00008
 @patch
 def per_class(self:ProbeResult) -> pd.DataFrame:
     "Precision, recall, F1 and number of test images of each class"
@@ -297,9 +293,8 @@ def marsclr_probe(
     _print_result(result, data.name, kind, run, stages, to)
 
 def _print_result(result, pack, kind, run, stages, to):
-    figures = result.summary()
-    percent = {name: f'{figures[name]:.1%}' for name in ('accuracy', 'low', 'high')}
-    print(f"{pack}, {kind} probe of {'all stages of ' if stages else ''}{run}: "
-          f"accuracy {percent['accuracy']} ({percent['low']} to {percent['high']}, "
-          f"{figures['images']} test images), balanced {figures['balanced_accuracy']:.1%}, "
-          f"macro F1 {figures['macro_f1']:.1%}; {to}")
+    s = result.summary()
+    what = f"{'all stages of ' if stages else ''}{run}"
+    interval = f"{s['low']:.1%} to {s['high']:.1%}, {s['images']} test images"
+    print(f"{pack}, {kind} probe of {what}: accuracy {s['accuracy']:.1%} ({interval}), "
+          f"balanced {s['balanced_accuracy']:.1%}, macro F1 {s['macro_f1']:.1%}; {to}")
