@@ -33,6 +33,22 @@ def in_a_folder_of_its_own(request, tmp_path_factory):
     if 'matplotlib.pyplot' in sys.modules: sys.modules['matplotlib.pyplot'].close('all')
 
 
+# Measurements and long studies: `.ci/weekly` runs them, with all notebooks. A file, or one test of it.
+WEEKLY = (
+    'test_10_distributed.py::test_what_it_brings_and_what_it_costs',
+    'test_study_archive_speed.py', 'test_study_training_speed.py',
+    'test_study_chain.py::test_which_clusters')
+
+
+def pytest_collection_modifyitems(items):
+    "Skip what is weekly, and say so, unless MARSCLR_WEEKLY is set."
+    if os.environ.get('MARSCLR_WEEKLY'): return
+    for item in items:
+        name = f'{item.path.name}::{item.originalname}'
+        if name in WEEKLY or item.path.name in WEEKLY:
+            item.add_marker(pytest.mark.skip(reason='weekly: set MARSCLR_WEEKLY to run it'))
+
+
 def pytest_pycollect_makeitem(collector, name, obj):
     "Leave alone what a test module imports, such as fastcore's `test_eq`."
     if name.lower().startswith('test') and getattr(obj, '__module__', None) != collector.module.__name__: return []

@@ -176,7 +176,8 @@ def test_nine_commands_are_installed():
 def test_the_commands_make_what_they_promise(base):
     assert json.loads((base/'yard.pack'/'pack.json').read_text())['images'] == 64
     assert {o.name for o in (base/'run').iterdir()} - {'checkpoint-before.pt', '.lock'} == {'config.json', 'log.csv', 'checkpoint.pt', 'encoder.safetensors'}
-    assert {o.name for o in base.glob('yard.texture.*')} == {'yard.texture.npz', 'yard.texture.png', 'yard.texture.run'}
+    made = {f'yard.texture.{suffix}' for suffix in ('csv', 'npz', 'png', 'run')}
+    assert {o.name for o in base.glob('yard.texture.*')} == made
     assert {o.name for o in (base/'yard.texture.run').iterdir()} - {'checkpoint-before.pt', '.lock'} == {'config.json', 'log.csv', 'checkpoint.pt', 'texture.safetensors', 'clusters.npz'}
     assert 0 <= json.loads((base/'run2'/'probe-yard.pack'/'summary.json').read_text())['accuracy'] <= 1
 
