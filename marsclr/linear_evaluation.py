@@ -53,10 +53,9 @@ def plain_probe(
 def fit_logistic(
     x:dict, # 'train' and 'val' features, (N, D)
     y:dict, # 'train' and 'val' labels, (N,)
-    cs=(1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1), # candidates for C
 ): # a function from features to predicted labels; the C it has; the log-loss on val, nats an image
     "Multinomial logistic regression on standardised features, C chosen by the log-loss on val"
-    best,loss = choose_penalty(x['train'], y['train'], x['val'], y['val'], cs)
+    best,loss = choose_penalty(x['train'], y['train'], x['val'], y['val'])
     return best.predict, best.C, loss
 
 # %% ../nbs/05_linear_evaluation.ipynb #2a9d0b7e

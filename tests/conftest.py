@@ -33,10 +33,12 @@ def in_a_folder_of_its_own(request, tmp_path_factory):
     if 'matplotlib.pyplot' in sys.modules: sys.modules['matplotlib.pyplot'].close('all')
 
 
-# Measurements and long studies: `.ci/weekly` runs them, with all notebooks. A file, or one test of it.
+# Measurements and long studies: `.ci/weekly` runs them, with all notebooks.
 WEEKLY = (
     'test_10_distributed.py::test_what_it_brings_and_what_it_costs',
-    'test_study_archive_speed.py', 'test_study_training_speed.py',
+    'test_study_training_speed.py::test_does_memory_grow',
+    'test_study_training_speed.py::test_from_the_command_line',
+    'test_study_training_speed.py::test_larger_pages',
     'test_study_chain.py::test_which_clusters')
 
 
@@ -44,8 +46,7 @@ def pytest_collection_modifyitems(items):
     "Skip what is weekly, and say so, unless MARSCLR_WEEKLY is set."
     if os.environ.get('MARSCLR_WEEKLY'): return
     for item in items:
-        name = f'{item.path.name}::{item.originalname}'
-        if name in WEEKLY or item.path.name in WEEKLY:
+        if f'{item.path.name}::{item.originalname}' in WEEKLY:
             item.add_marker(pytest.mark.skip(reason='weekly: set MARSCLR_WEEKLY to run it'))
 
 
