@@ -6,15 +6,15 @@ import torch
 from fastai.learner import Learner
 from fastai.vision.core import imagenet_stats
 from marsclr import __version__
-from marsclr.engine.encoders import ContrastiveModel, check_size, create_encoder, fast_bf16
-from marsclr.engine.encoders import pick_device, projection_head, width
+from marsclr.engine.encoders import ContrastiveModel, check_name, create_encoder, fast_bf16, pick_device, projection_head, width
 from marsclr.engine.files import MarsclrError
 from marsclr.engine.learner import unwrap_model
 from marsclr.engine.packing import Pack
 from marsclr.engine.processes import rank
 from marsclr.engine.runs import open_run, show_progress
-from marsclr.engine.weights import backbone_of, check_savable, describe_init, input_stats
-from marsclr.engine.weights import save_encoder
+from marsclr.engine.sizes import check_size, size_options, timm_line
+from marsclr.engine.stages import why_no_stages
+from marsclr.engine.weights import backbone_of, check_savable, describe_init, input_stats, save_encoder, timm_options_of
 import pandas as pd
 from fastcore.test import *
 from marsclr.engine.run_config import *
@@ -59,7 +59,7 @@ def test_what_no_run_can_have():
 
 
 def test_what_is_written_down():
-    global config
+    global ThreeImages, config, settings
     class ThreeImages:
         name,fingerprint = 'three','f00'
         def __len__(self): return 3
@@ -67,7 +67,7 @@ def test_what_is_written_down():
     settings = {k: v for k,v in good.items() if k != 'save_every'}
     config = make_config(settings, ThreeImages())
     test_eq(list(config)[:len(settings)], list(settings))
-    more = 'positives pack images pack_fingerprint clusters clusters_fingerprint marsclr'
+    more = 'positives timm_options pack images pack_fingerprint clusters clusters_fingerprint marsclr'
     test_eq(list(config)[len(settings):], more.split())
     test_eq((config['backbone'], config['init']), ('resnet50', 'random weights'))
     test_eq((config['pack'], config['images'], config['clusters']), ('three', 3, ''))
@@ -88,3 +88,8 @@ def test_from_the_configuration_to_a_finished_run():
     test_eq(models[0](torch.zeros(2, 3, 32, 32)).shape, (2, 16))
     with expect_fail(MarsclrError, 'give another --image_size, or another backbone'):
         build_model(small | dict(backbone='vit_tiny_patch16_224'))
+    vit = make_config(settings | dict(backbone='vit_tiny_patch16_224', image_size=32), ThreeImages())
+    test_eq(vit['timm_options'], dict(dynamic_img_size=True))
+    test_eq(build_model(vit)(torch.zeros(2, 3, 32, 32)).shape, (2, 128))
+    with expect_fail(MarsclrError, "knows no model 'resnet-18'; near to it: resnet18"):
+        make_config(settings | dict(backbone='resnet-18'), ThreeImages())

@@ -14,15 +14,17 @@ import torch
 from fastai.learner import Learner
 from fastai.vision.core import imagenet_stats
 from .. import __version__
-from .encoders import ContrastiveModel, check_size, create_encoder, fast_bf16
-from .encoders import pick_device, projection_head, width
+from .encoders import (ContrastiveModel, check_name, create_encoder, fast_bf16,
+                                     pick_device, projection_head, width)
 from .files import MarsclrError
 from .learner import unwrap_model
 from .packing import Pack
 from .processes import rank
 from .runs import open_run, show_progress
-from .weights import backbone_of, check_savable, describe_init, input_stats
-from .weights import save_encoder
+from .sizes import check_size, size_options, timm_line
+from .stages import why_no_stages
+from .weights import (backbone_of, check_savable, describe_init, input_stats,
+                                    save_encoder, timm_options_of)
 
 # %% ../../nbs/engine/run_config.ipynb #367617e8
 choices = dict(optimizer=('adam', 'adamw'), schedule=('constant', 'cosine'),
@@ -89,10 +91,14 @@ def make_config(
                    init=describe_init(settings['init']))
     if settings['precision'] == 'auto':
         decided['precision'] = 'bf16' if fast_bf16(pick_device(device)) else 'fp32'
+    check_name(decided['backbone'])
+    options = timm_options_of(settings['init'])
+    options = options or size_options(decided['backbone'], settings['image_size'])
     data = dict(pack=pack.name, images=len(pack), pack_fingerprint=pack.fingerprint,
                 clusters=groups.source if groups else '',
                 clusters_fingerprint=groups.fingerprint if groups else '')
-    return settings | decided | dict(positives=positives) | data | dict(marsclr=__version__)
+    decided |= dict(positives=positives, timm_options=options)
+    return settings | decided | data | dict(marsclr=__version__)
 
 # %% ../../nbs/engine/run_config.ipynb #e069806f
 def unnamed_settings(
@@ -100,6 +106,7 @@ def unnamed_settings(
 ) -> dict:
     "Settings that older runs do not name, and what they had"
     return dict(
+        timm_options={},
         init='random weights', normalisation=list(map(list, imagenet_stats)), layer_decay=1.,
         frozen_norm=False, positives='cluster' if loss == 'attraction' else 'view')
 
@@ -110,10 +117,13 @@ def build_model(
 ) -> ContrastiveModel:
     "The encoder and the head of a configuration, with their first weights"
     torch.manual_seed(config['seed'])
-    encoder = create_encoder(config['backbone'], init)
+    options = config.get('timm_options', {})
+    encoder = create_encoder(config['backbone'], init, **options)
     check_size(encoder, config['image_size'], '--image_size')
     head = projection_head(width(encoder), config['projection_layers'], config['projection_dim'])
-    check_savable(encoder, config['backbone'])
+    check_savable(encoder, config['backbone'], options)
+    no_stages = why_no_stages(encoder, config['image_size'])
+    if no_stages: _say(f'{no_stages}; --stages will not work')
     return ContrastiveModel(encoder, head)
 
 # %% ../../nbs/engine/run_config.ipynb #b51fbed0
@@ -129,7 +139,10 @@ def train_in_folder(
     if not unfinished: return _say(f'{run} is finished')
     if config['init'] != 'random weights': _say(f"{run} begins with {config['init']}")
     show_progress(learn).fit(config['epochs'])
-    if rank() == 0: save_encoder(unwrap_model(learn.model).encoder, run/'encoder.safetensors')
+    weights = run/'encoder.safetensors'
+    if rank() == 0: save_encoder(unwrap_model(learn.model).encoder, weights)
+    if config['timm_options']:
+        _say(f"in plain timm: {timm_line(config['backbone'], config['timm_options'], weights)}")
 
 def _say(line):
     if rank() == 0: print(line, flush=True)

@@ -7,7 +7,7 @@ __all__ = ['EpochSoFar', 'RunFolder', 'run_state', 'load_run_state', 'epoch_row'
            'check_same_config', 'is_foreign', 'run_status', 'RunProgress', 'RunLines', 'show_progress']
 
 # %% ../../nbs/engine/runs.ipynb #1f21c3f8
-import signal, sys, time
+import signal, time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,13 +15,14 @@ import torch
 from fastai.callback.core import Callback
 from fastai.callback.progress import ProgressCallback
 from fastai.learner import Learner
-from fastcore.imports import IN_NOTEBOOK, noop
+from fastcore.imports import noop
 from fastprogress.fastprogress import format_time
 from .checkpoints import clear_unfinished, load_checkpoint, load_newest
 from .checkpoints import write_checkpoint, write_log_row
 from .files import MarsclrError, Stopped, one_line, read_json, write_json
 from .learner import Autocast, RunCallback, unwrap_model
 from .processes import any_rank, check_same_on_all, on_first_rank, rank
+from .progress import is_watched, line_seconds
 
 # %% ../../nbs/engine/runs.ipynb #4d1409ff
 # defined in another notebook, and imported from here by some
@@ -233,17 +234,22 @@ class RunProgress(ProgressCallback):
 
 # %% ../../nbs/engine/runs.ipynb #a84ba2e3
 class RunLines(Callback):
-    "The run's status as a line at the end of each epoch, and every minute of a long one"
+    "The run's status as a line a minute, and at the end of the first and of the last epoch"
     order = 60
     run_valid = False
-    def before_fit(self): self.learn.logger = noop
-    def before_train(self): self.began = self.last = time.perf_counter()
+    def before_fit(self):
+        self.learn.logger = noop
+        self.last = time.perf_counter()
+
+    def before_train(self): self.began = time.perf_counter()
 
     def after_batch(self):
         steps = len(self.dls.train)
         step = self.dls.train.start + self.iter + 1
-        minute_over = self.iter % 10 == 9 and time.perf_counter()-self.last > 60
-        if rank() or not (step == steps or minute_over): return
+        ends = step == steps and self.epoch in (self.learn.first_epoch, self.n_epoch-1)
+        looks = step == steps or self.iter % 10 == 9
+        minute_over = looks and time.perf_counter()-self.last > line_seconds
+        if rank() or not (ends or minute_over): return
         status = run_status(self.learn, self.began)
         print(f'epoch {self.epoch+1}/{self.n_epoch}, step {step}/{steps}: {status}', flush=True)
         self.last = time.perf_counter()
@@ -253,4 +259,4 @@ def show_progress(
 ) -> Learner:
     "A bar where somebody watches, lines where nobody does"
     learn.remove_cb(ProgressCallback)
-    return learn.add_cb(RunProgress() if IN_NOTEBOOK or sys.stdout.isatty() else RunLines())
+    return learn.add_cb(RunProgress() if is_watched() else RunLines())
