@@ -153,6 +153,18 @@ def test_the_same_run_or_another():
     assert not open_run(tmp/'run', dict(lr=.1, seed=1, flip=.5), later=dict(flip=.5))
     with expect_fail(MarsclrError, 'lr is 0.1 there, 0.2 here'):
         open_run(tmp/'run', dict(lr=.2, seed=1))
+
+    constant = dict(lr=.1, schedule='constant', pack='in', pack_fingerprint='f00')
+    assert open_run(tmp/'longer', constant | dict(epochs=1))
+    (tmp/'longer/encoder.safetensors').touch()
+    assert not open_run(tmp/'longer', constant | dict(epochs=1, pack='renamed'))
+    assert open_run(tmp/'longer', constant | dict(epochs=3))
+    test_eq(read_json(tmp/'longer/config.json')['epochs'], 3)
+    for wrong in (dict(epochs=2), dict(epochs=4, lr=.2), dict(epochs=4, pack_fingerprint='f01')):
+        with expect_fail(MarsclrError, 'is a run of another configuration'):
+            open_run(tmp/'longer', constant | wrong)
+    with expect_fail(MarsclrError, "epochs is 1 there, 2 here"):
+        for epochs in (1, 2): open_run(tmp/'cosine', dict(schedule='cosine', epochs=epochs))
     for foreign in (tmp/'straight', tmp/'run/config.json'):
         with expect_fail(MarsclrError, 'exists and is not a run'): open_run(foreign, dict(lr=.1))
 

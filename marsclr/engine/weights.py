@@ -167,8 +167,9 @@ def backbone_of(
 
 def _backbone_told(init):
     if init == 'imagenet': return 'tf_efficientnet_lite0'
+    path = init_file(init)
     if not Path(init).is_dir(): return ''
-    return read_json(init_file(init).parent/'config.json', 'backbone')['backbone']
+    return read_json(path.parent/'config.json', 'backbone')['backbone']
 
 # %% ../../nbs/engine/weights.ipynb #wt000042
 def timm_options_of(
