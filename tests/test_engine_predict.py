@@ -37,13 +37,13 @@ def test_kept():
 
 
 def test_asked():
-    seen = predict(probe, names, x, pack)
+    seen = classify(probe, names, x, pack)
     test_eq(seen['class'].tolist(), [names[label] for label in probe.predict(x)])
     assert seen.confidence.between(1/len(names), 1).all()
     tiled = Pack([scenes], table.assign(tiles=2, image=np.arange(240)//2))
-    test_eq(len(predict(probe, names, x, tiled)), 120)
+    test_eq(len(classify(probe, names, x, tiled)), 120)
     with expect_fail(MarsclrError, 'the classifier is of 768 features, and pack has 100'):
-        predict(probe, names, x[:, :100], pack)
+        classify(probe, names, x[:, :100], pack)
     seen.head(3)
 
     new = seen[~teach]

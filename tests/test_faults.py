@@ -126,3 +126,56 @@ def test_copies_are_told(base, capsys):
     run(marsclr_pack, 'folder @same.pack --root @same --size 32', base)
     run(marsclr_pretrain, f'@same.pack @same-run {SMALL}', base)
     assert '19 of 21 images are copies of others' in capsys.readouterr().out
+
+
+def test_the_default_number_of_clusters_fits_a_small_pack(base, capsys):
+    run(marsclr_cluster, '@y.pack --source pixels --to @few.npz', base)
+    assert '150 clusters are too many for 64 images: making 16' in capsys.readouterr().out
+    assert pd.read_csv(base/'few.csv').cluster.nunique() <= 16
+    refusal(marsclr_cluster, '@y.pack --source pixels --to @many.npz --clusters 65', base)
+
+
+def test_a_probe_names_what_is_on_images_without_labels(base, capsys):
+    run(marsclr_pack, 'folder @plain.pack --root @yard/images --size 64', base)
+    line = 'random @y.pack --to @kept --backbone test_resnet --predict @plain.pack'
+    run(marsclr_probe, line, base)
+    first = (base/'kept'/'classes-plain.pack.csv').read_bytes()
+    table = pd.read_csv(base/'kept'/'classes-plain.pack.csv')
+    assert len(table) == 64 and table.confidence.between(0, 1).all()
+    assert set(table['class']) <= set(load_pack(base/'y.pack').classes)
+    run(marsclr_probe, line, base)
+    assert (base/'kept'/'classes-plain.pack.csv').read_bytes() == first
+    assert 'exists: remove it' in refusal(marsclr_probe, 'random @y.pack --to @kept', base)
+
+
+def test_a_probe_of_images_from_their_tiles(base):
+    run(marsclr_pack, 'msl @tiled-msl --root @yard --size 32 --tiles', base)
+    line = 'random @tiled-msl --to @of-images --backbone test_resnet --by_image'
+    run(marsclr_probe, line, base)
+    of_tiles = load_pack(base/'tiled-msl').table
+    summary = json.loads((base/'of-images'/'summary.json').read_text())
+    assert summary['images'] == of_tiles.path[of_tiles.split == 'test'].nunique()
+
+
+def test_views_upside_down_turned_and_blurred(base):
+    line = f'@y.pack @turned {SMALL} --upside_down .5 --quarter_turns --blur .5'
+    run(marsclr_pretrain, line, base)
+    run(marsclr_pretrain, f'@y.pack @upright {SMALL}', base)
+    logs = [pd.read_csv(base/name/'log.csv') for name in ('turned', 'upright')]
+    assert logs[0].loss[0] != logs[1].loss[0]
+    assert 'give a probability' in refusal(marsclr_pretrain, f'@y.pack @x {SMALL} --blur 2', base)
+
+
+def test_a_run_from_before_goes_on(base):
+    "Its configuration lacks what has come since, its log the columns of health"
+    run(marsclr_pretrain, f'@y.pack @old {SMALL}', base)
+    config = json.loads((base/'old'/'config.json').read_text())
+    for name in ('timm_options', 'upside_down', 'quarter_turns', 'blur'): del config[name]
+    (base/'old'/'config.json').write_text(json.dumps(config))
+    log = pd.read_csv(base/'old'/'log.csv')
+    log[['epoch', 'loss', 'lr', 'seconds', 'images_per_s']].to_csv(base/'old'/'log.csv', index=False)
+    (base/'old'/'images.csv').unlink()
+    run(marsclr_pretrain, f'@y.pack @old {SMALL}'.replace('epochs 1', 'epochs 2'), base)
+    assert pd.read_csv(base/'old'/'log.csv').same_image.isna().tolist() == [True, False]
+    assert json.loads((base/'old'/'config.json').read_text())['epochs'] == 2
+    load_encoder(base/'old')

@@ -123,6 +123,7 @@ def build_model(
     torch.manual_seed(config['seed'])
     options = config.get('timm_options', {})
     encoder = create_encoder(config['backbone'], init, **options)
+    encoder.trained_at = config['image_size']
     check_size(encoder, config['image_size'], '--image_size')
     head = projection_head(width(encoder), config['projection_layers'], config['projection_dim'])
     check_savable(encoder, config['backbone'], options)
