@@ -6,8 +6,9 @@ from pathlib import Path
 import numpy as np, pandas as pd, torch
 from torch import nn
 from marsclr.engine.commands import command
-from marsclr.engine.encoders import create_encoder, feature_batches, pick_device
-from marsclr.engine.files import MarsclrError, check_new, check_writable, explain_interruption, file_lock, read_json, sync_to_disk, write_json
+from marsclr.engine.checkpoints import load_checkpoint
+from marsclr.engine.encoders import ContrastiveModel, create_encoder, feature_batches, load_encoder, pick_device, projection_head, width
+from marsclr.engine.files import MarsclrError, check_new, check_writable, explain_interruption, file_lock, one_line, read_json, sync_to_disk, write_json
 from marsclr.engine.packing import Pack, open_packs
 from marsclr.engine.sizes import check_size, features_size
 from marsclr.engine.stages import Stages
@@ -24,14 +25,25 @@ from marsclr.engine.embed import *
 
 
 def test_which_encoder():
+    global tmp
     test_eq(named_encoder('random')(torch.zeros(1, 3, 32, 32)).shape, (1, 512))
     test_eq(named_encoder('random', 'resnet10t', stages=True).num_features, 6624)
     with expect_fail(MarsclrError, 'nowhere holds no encoder.safetensors'): named_encoder('nowhere')
 
+    tmp = Path(tempfile.mkdtemp())
+    (tmp/'run').mkdir()
+    write_json(tmp/'run/config.json', dict(backbone='resnet18', projection_layers=2, projection_dim=8))
+    model = ContrastiveModel(create_encoder('resnet18'), projection_head(512, 2, 8))
+    torch.save(dict(model=model.state_dict()), tmp/'run/checkpoint.pt')
+    with expect_fail(MarsclrError, 'holds no encoder.safetensors'): load_projection(tmp/'run')
+    save_encoder(model.encoder, tmp/'run/encoder.safetensors')
+    test_eq(load_projection(tmp/'run')(torch.zeros(1, 3, 64, 64)).shape, (1, 8))
+    torch.save(dict(model={}), tmp/'run/checkpoint.pt')
+    with expect_fail(MarsclrError, 'is not a checkpoint of this run'): load_projection(tmp/'run')
+
 
 def test_one_row_an_image():
-    global pack, tiled, tmp
-    tmp = Path(tempfile.mkdtemp())
+    global pack, tiled
     write_marsyard(tmp/'yard', n=40, size=96, n_classes=3)
     yard = image_folder(tmp/'yard')
     pack = pack_archive(yard, tmp/'pack', size=32)
@@ -41,6 +53,7 @@ def test_one_row_an_image():
     test_eq(numbers, np.arange(40).repeat(4))
     test_eq(image_numbers(pack), np.arange(40))
     test_eq(image_table(tiled).path.tolist(), pack.table.path.tolist())
+    test_eq(len(by_image(np.zeros((160, 2)), tiled)[0]), 40)
     test_eq(mean_over_tiles(np.array([[1.], [3], [7]]), np.array([0, 0, 1])), [[2.], [7.]])
 
 
