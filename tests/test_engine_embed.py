@@ -73,24 +73,22 @@ def test_into_a_file_some_images_at_a_time():
     test_eq(len(of_tiles), 40)
     test_close(of_tiles[7], encode(encoder, tiled, device='cpu')[28:32].mean(0).numpy(), eps=1e-4)
 
-    def unplug(after):
-        seen = []
-        def batches(encoder, pack, rows, *args, **kwargs):
-            for i,batch in enumerate(feature_batches(encoder, pack, rows, *args, bs=5, **kwargs)):
-                if i == after: raise KeyboardInterrupt
-                seen.append(len(batch))
-                yield batch
-        return seen, batches
+    read = Pack.__getitem__
+    reads = []
+    def unplugged(pack, rows):
+        if len(reads) == 2: raise KeyboardInterrupt
+        reads.append(len(rows))
+        return read(pack, rows)
 
-    module = 'marsclr.engine.embed'
+    def of_tiles_again():
+        return write_features(tmp/'work3', encoder, tiled, asked, 64, 'cpu', portion=50)
+
     (tmp/'work3').mkdir()
-    for after,expected in ((7, 35), (100, 10)):
-        seen,batches = unplug(after)
-        with replaced(f'{module}.portion', 10), replaced(f'{module}.feature_batches', batches):
-            try: again = write_features(tmp/'work3', encoder, pack, asked, 32, 'cpu')
-            except KeyboardInterrupt: print('unplugged')
-        test_eq(sum(seen), expected)
-    test_close(again, written, eps=1e-5)
+    with replaced.object(Pack, '__getitem__', unplugged), expect_fail(KeyboardInterrupt):
+        of_tiles_again()
+    test_eq((reads, read_json(tmp/'work3/progress.json')['done']), ([64, 64], 96))
+    again = of_tiles_again()
+    test_close(again, of_tiles, eps=1e-4)
 
 
 def test_the_command():
