@@ -7,8 +7,6 @@ __all__ = ['named_encoder', 'load_projection', 'image_numbers', 'image_table', '
            'write_features', 'embed', 'marsclr_embed']
 
 # %% ../../nbs/engine/embed.ipynb #em000004
-import os
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np, pandas as pd, torch
@@ -17,11 +15,10 @@ from .commands import command
 from .checkpoints import load_checkpoint
 from .encoders import (ContrastiveModel, create_encoder, feature_batches,
                                      load_encoder, pick_device, projection_head, width)
-from .files import (MarsclrError, check_new, check_writable,
-                                  explain_interruption, file_lock, one_line, read_json,
-                                  sync_to_disk, write_json)
+from .files import MarsclrError, check_new, one_line, read_json, write_json
+from .pack_writer import unfinished
 from .packing import Pack, open_packs
-from .sizes import check_size, features_size
+from .sizes import check_size, features_size, size_options
 from .stages import Stages
 from .weights import backbone_of, describe_init
 
@@ -31,11 +28,13 @@ def named_encoder(
     backbone='',   # timm name; resnet18 for `random` by default; a file of weights needs it
     stages=False,  # means, deviations and covariances of all stages, not the last features
     seed:int=42,   # of random weights
+    size:int=0,    # for random weights: the side of the images, if not the backbone's own
 ) -> nn.Module: # in evaluation mode
     "The frozen network that a command asks for"
     torch.manual_seed(seed)
     name = backbone or ('resnet18' if run == 'random' else '')
-    encoder = create_encoder(name, run)
+    options = size_options(name, size) if run == 'random' and size else {}
+    encoder = create_encoder(name, run, **options)
     return (Stages(encoder) if stages else encoder).eval()
 
 # %% ../../nbs/engine/embed.ipynb #ff236b93
@@ -156,21 +155,6 @@ def _width_at(encoder, size):
     return encoder.eval()(torch.zeros(1, 3, size, size, device=like.device)).shape[1]
 
 # %% ../../nbs/engine/embed.ipynb #em000025
-@contextmanager
-def _folder_in_the_making(to):
-    "A hidden folder, kept when the work is interrupted, that becomes `to` when it ends well"
-    check_writable(to)
-    check_new(to)
-    folder = to.parent/f'.{to.name}-partial'
-    left = f'what has been done is in {folder}'
-    with file_lock(folder, shown=to), explain_interruption(folder, left):
-        yield folder
-        (folder/'progress.json').unlink()
-        for part in [*folder.iterdir(), folder]: sync_to_disk(part)
-        os.rename(folder, to)
-        (to/'.lock').unlink()
-    sync_to_disk(to.parent)
-
 def embed(
     encoder:nn.Module, # images to features
     pack:Pack,
@@ -183,13 +167,16 @@ def embed(
     "A folder with the features of a pack's images"
     device = pick_device(device)
     to = Path(to)
+    if size: check_size(encoder, size)
     size = size or features_size(encoder, pack.size)
+    check_new(to)
     asked = asked | dict(pack=pack.name, pack_fingerprint=pack.fingerprint, size=size)
     table = image_table(pack)
-    with _folder_in_the_making(to) as folder:
+    with unfinished(to, 'what has been done') as folder:
         out = write_features(folder, encoder, pack, asked, size, device, progress)
         table.to_csv(folder/'features.csv', index=False, errors='surrogateescape')
         write_json(folder/'summary.json', asked | dict(images=len(out), features=out.shape[1]))
+        (folder/'progress.json').unlink()
     return np.load(to/'features.npy', mmap_mode='r')
 
 # %% ../../nbs/engine/embed.ipynb #em000026
@@ -209,7 +196,7 @@ def marsclr_embed(
     if size < 0: raise MarsclrError(f'--size {size}: give a number of pixels, or 0 for the pack\'s')
     check_new(to)
     data = open_packs(pack)
-    encoder = named_encoder(run, backbone, stages, seed)
+    encoder = named_encoder(run, backbone, stages, seed, size)
     name = backbone_of(run, backbone or ('resnet18' if run == 'random' else ''))
     asked = dict(run=run, weights=describe_init(run), backbone=name, stages=stages, seed=seed)
     out = embed(encoder, data, to, asked, size, device or None, progress=True)
