@@ -6,7 +6,7 @@ import pandas as pd, torch, torch.nn.functional as F
 from fastcore.basics import patch
 from marsclr.engine.files import MarsclrError
 from marsclr.engine.learner import RunCallback, unwrap_model
-import math, shutil, tempfile
+import math, shutil, tempfile, textwrap
 import numpy as np
 from fastcore.test import *
 from marsclr.archives.marsyard import marsyard
@@ -116,7 +116,7 @@ def test_runs_that_fail():
     ends[columns].round(3)
 
     test_eq(judge_row(log.iloc[0]), 'not yet')
-    for name in names[1:]: print(f'{name}: {advice[name]}\n')
+    for name in names[1:]: print(textwrap.fill(f'{name}: {advice[name]}', 90), end='\n\n')
 
     train('old', cbs=(), epochs=1)
     train('old', epochs=2)
