@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['probe_kinds', 'plain_probe', 'fit_logistic', 'dense_layers', 'train_layers', 'fit_layers', 'ProbeResult',
-           'mean_over_classes', 'labeled_rows', 'check_probe', 'probe', 'load_projection', 'check_options',
-           'probed_encoder', 'marsclr_probe']
+           'mean_over_classes', 'labeled_rows', 'check_probe', 'probe', 'check_options', 'probed_encoder',
+           'marsclr_probe']
 
 # %% ../nbs/05_linear_evaluation.ipynb #2af4e394
 import random
@@ -27,14 +27,17 @@ from sklearn.preprocessing import StandardScaler
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import TensorDataset
-from .engine.files import MarsclrError, one_line, read_json, atomic_write, write_json
+from .engine.files import MarsclrError, atomic_write, read_json, write_json
 from .engine.commands import command
+from .engine.embed import by_image as mean_by_image, load_projection, named_encoder
 from .engine.encoders import ContrastiveModel, Stages, create_encoder, encode
 from .engine.encoders import load_encoder, pick_device, projection_head, width
 from .engine.logistic import choose_penalty
 from .engine.packing import load_pack
+from .engine.predict import keep_classifier, predict_into
 from .engine.processes import process_group, rank
-from .engine.runs import load_checkpoint
+from .engine.sizes import features_size
+from .engine.weights import backbone_of, describe_init
 from .training import adam
 
 # %% ../nbs/05_linear_evaluation.ipynb #lin00001
@@ -210,22 +213,6 @@ def probe(
     val_accuracy = float((predict(x['val']) == y['val']).mean())
     return ProbeResult(y['test'], predict(x['test']), classes, setting, val_accuracy, loss)
 
-# %% ../nbs/05_linear_evaluation.ipynb #ff236b93
-def load_projection(
-    run, # a run folder
-) -> ContrastiveModel: # encoder and head, images to projections
-    "Encoder and projection head of a run, from its checkpoint"
-    path = Path(run)/'checkpoint.pt'
-    config = read_json(Path(run)/'config.json', 'backbone', 'projection_layers', 'projection_dim')
-    checkpoint = load_checkpoint(path)
-    encoder = load_encoder(run)
-    head = projection_head(width(encoder), config['projection_layers'], config['projection_dim'])
-    model = ContrastiveModel(encoder, head)
-    try: model.load_state_dict(checkpoint['model'])
-    except (RuntimeError, KeyError, TypeError) as e:
-        raise MarsclrError(f'{path} is not a checkpoint of this run ({one_line(e)})') from e
-    return model.eval()
-
 # %% ../nbs/05_linear_evaluation.ipynb #d988090e
 def _write_result(to, result, table, **asked):
     "What was asked and what came of it; the folder appears whole or not at all"
@@ -239,7 +226,7 @@ def _write_result(to, result, table, **asked):
         result.show().savefig(tmp/'confusion.png')
 
 # %% ../nbs/05_linear_evaluation.ipynb #ea8cb559
-def check_options(run, to, kind, size, stages):
+def check_options(run, to, kind, size, stages, predict=''):
     "Refuse options of `marsclr_probe` that do not fit together"
     untrained = run in ('random', 'imagenet')
     if size < 0:
@@ -251,19 +238,16 @@ def check_options(run, to, kind, size, stages):
                            'a projection has no stages')
     if untrained and to.parts[:1] == (run,):
         raise MarsclrError(f'{run} weights have no run folder: give --to')
-    if to.exists(): raise MarsclrError(f'{to} exists: remove it or give another folder with --to')
+    if predict and kind not in ('logistic', 'projection'):
+        raise MarsclrError(f'--predict goes with --kind logistic or projection, not with {kind}')
+    if to.exists() and not (predict and (to/'classifier.npz').is_file()):
+        raise MarsclrError(f'{to} exists: remove it or give another folder with --to')
 
 # %% ../nbs/05_linear_evaluation.ipynb #a294b6c5
 def probed_encoder(run, kind, backbone, stages, seed):
-    "The network that `marsclr_probe` asks for, and what the summary says of it"
-    torch.manual_seed(seed)
-    if run in ('random', 'imagenet'):
-        encoder = create_encoder(backbone if run == 'random' else '', run)
-        facts = dict(backbone=encoder.default_cfg['architecture'])
-    else:
-        encoder = load_projection(run) if kind == 'projection' else load_encoder(run)
-        facts = {}
-    return Stages(encoder) if stages else encoder, facts
+    "The network that `marsclr_probe` asks for"
+    if kind == 'projection': return load_projection(run)
+    return named_encoder(run, backbone*(run == 'random'), stages, seed)
 
 # %% ../nbs/05_linear_evaluation.ipynb #lin00015
 @partial(command, several=True)
@@ -275,21 +259,37 @@ def marsclr_probe(
     size:int=0,           # side of the images, that of the pack by default
     stages:bool=False,    # probe means, deviations and covariances of all stages
     backbone:str='resnet18', # for `random`: timm name
+    by_image:bool=False,  # of a pack of tiles: features of an image are the mean over its tiles
+    predict:str='',       # pack, of labeled images or not, whose classes are to be written to `to`
     seed:int=42,
 ):
     "Linear evaluation of a frozen encoder on a labeled pack"
     data = load_pack(pack)
     to = Path(to or f'{run}/probe-{Path(pack).name}')
     check_probe(data.table, kind)
-    check_options(run, to, kind, size, stages)
-    encoder,facts = probed_encoder(run, kind, backbone, stages, seed)
+    check_options(run, to, kind, size, stages, predict)
+    others = load_pack(predict) if predict else None
+    encoder = probed_encoder(run, kind, backbone, stages, seed)
+    size = size or features_size(encoder, data.size)
     with process_group(pick_device()):
-        features = encode(encoder, data, size or None, progress=True)
+        features = None if to.exists() else encode(encoder, data, size, progress=True)
+        of_others = encode(encoder, others, size, progress=True) if others else None
         if rank(): return
-    result = probe(features, data.table, data.classes, kind, seed)
-    asked = dict(run=run, **facts, pack=data.name, kind=kind, stages=stages)
-    _write_result(to, result, data.table, **asked, size=size or data.size, seed=seed)
-    print(f"{data.name}, {kind} probe of {'all stages of ' if stages else ''}{run}:")
+    asked = dict(run=run, weights=describe_init(run), pack=data.name, kind=kind, stages=stages,
+                 backbone=backbone_of(run, backbone*(run == 'random')), size=size, seed=seed)
+    if features is not None: _probe_into(to, features, data, by_image, predict, asked)
+    if predict: predict_into(to, of_others, others, Path(predict).name, asked)
+
+def _probe_into(to, features, pack, by_image, predict, asked):
+    "Probe, write the results and print them"
+    table = pack.table
+    if by_image: features,table = mean_by_image(features, pack)
+    kind = asked['kind']
+    result = probe(features, table, pack.classes, kind, asked['seed'])
+    _write_result(to, result, table, **asked)
+    if predict: keep_classifier(features, table, pack.classes, asked, to/'classifier.npz')
+    what = 'all stages of '*asked['stages'] + asked['run']
+    print(f'{pack.name}, {kind} probe of {what}:')
     print(_in_words(result))
     print(to)
 

@@ -20,7 +20,7 @@ from fastcore.basics import patch, store_attr
 from fastcore.foundation import L
 from .engine.callbacks import FrozenNorm, OnlineKnn, RefreshClusters, Schedule, by_layer
 from .engine.clusters import load_clusters
-from .engine.encoders import ContrastiveModel, check_size, pick_device
+from .engine.encoders import ContrastiveModel, pick_device
 from .engine.files import MarsclrError
 from .engine.learner import Autocast, PackLoader, RunLearner
 from .engine.packing import Pack, load_pack, open_packs
@@ -29,6 +29,7 @@ from .engine.randomness import epoch_order
 from .engine.run_config import build_model, check_refresh, check_settings
 from .engine.run_config import check_trainable, make_config, train_in_folder
 from .engine.runs import RunFolder
+from .engine.sizes import features_size
 from .engine.views import Views
 from .engine.weights import input_stats
 from .losses import losses
@@ -195,7 +196,9 @@ def build_views(
 ) -> Views:
     "The augmentation of a configuration, normalised as the model wants it"
     crop = (config['crop_min'], config['crop_max'])
-    return Views(config['image_size'], crop, config['colour_strength'], stats=input_stats(model))
+    options = {name: config.get(name, 0) for name in ('upside_down', 'quarter_turns', 'blur')}
+    stats = input_stats(model)
+    return Views(config['image_size'], crop, config['colour_strength'], stats=stats, **options)
 
 # %% ../nbs/04_training.ipynb #f6335ede
 def build_callbacks(
@@ -209,10 +212,10 @@ def build_callbacks(
     cbs = []
     if config['frozen_norm']: cbs.append(FrozenNorm())
     if labeled:
-        check_size(encoder, labeled.size, f'size to the images of {labeled.name}')
+        features_size(encoder, labeled.size)
         cbs.append(OnlineKnn(labeled))
     if config['refresh']:
-        check_size(encoder, pack.size, f'size to the images of {pack.name}')
+        features_size(encoder, pack.size)
         cbs.append(RefreshClusters(pack, groups.k, config['refresh'], config['seed']))
     return cbs
 
@@ -262,6 +265,9 @@ def pretrain(
     crop_min:float=.08,      # smallest share of the area that a view covers
     crop_max:float=1.,       # largest
     colour_strength:float=1., # of the jitter; 1 is SimCLR's
+    upside_down:float=0.,    # probability of swapping top and bottom, for images without an "up"
+    quarter_turns:bool=False, # turn views by a random number of right angles
+    blur:float=0.,           # probability of a Gaussian blur, 0.1 to 2 pixels wide
     precision:str='auto',    # bf16, fp32, or auto: bf16 where the device is fast at it
     seed:int=42,             # of initial weights, order and views
     save_every:int=0,        # steps between checkpoints within an epoch; 0: only at its end
@@ -277,7 +283,8 @@ def pretrain(
         projection_layers=projection_layers, projection_dim=projection_dim, lr=lr,
         weight_decay=weight_decay, optimizer=optimizer, schedule=schedule, warmup=warmup,
         layer_decay=layer_decay, frozen_norm=frozen_norm, crop_min=crop_min, crop_max=crop_max,
-        colour_strength=colour_strength, precision=precision, seed=seed)
+        colour_strength=colour_strength, upside_down=upside_down, quarter_turns=quarter_turns,
+        blur=blur, precision=precision, seed=seed)
     check_settings(settings | dict(save_every=save_every), losses)
     check_trainable(settings)
     check_refresh(refresh, epochs, groups)

@@ -12,7 +12,7 @@ from fastcore.basics import patch, store_attr
 from fastcore.foundation import L
 from marsclr.engine.callbacks import FrozenNorm, OnlineKnn, RefreshClusters, Schedule, by_layer
 from marsclr.engine.clusters import load_clusters
-from marsclr.engine.encoders import ContrastiveModel, check_size, pick_device
+from marsclr.engine.encoders import ContrastiveModel, pick_device
 from marsclr.engine.files import MarsclrError
 from marsclr.engine.learner import Autocast, PackLoader, RunLearner
 from marsclr.engine.packing import Pack, load_pack, open_packs
@@ -21,6 +21,7 @@ from marsclr.engine.randomness import epoch_order
 from marsclr.engine.run_config import build_model, check_refresh, check_settings
 from marsclr.engine.run_config import check_trainable, make_config, train_in_folder
 from marsclr.engine.runs import RunFolder
+from marsclr.engine.sizes import features_size
 from marsclr.engine.views import Views
 from marsclr.engine.weights import input_stats
 from marsclr.losses import losses
@@ -169,6 +170,8 @@ def test_from_settings_to_a_learner():
     crops = dict(image_size=48, crop_min=.1, crop_max=.9, colour_strength=.5)
     built = build_views(crops, small_model())
     test_eq((built.size, built.scale, built.strength), (48, (.1, .9), .5))
+    turned = build_views(crops | dict(upside_down=.5, quarter_turns=True, blur=.1), small_model())
+    test_eq((turned.upside_down, turned.quarter_turns, turned.blur), (.5, True, .1))
     test_eq(built(images, rows, seed, epoch, 0).shape, (8, 3, 48, 48))
 
     plenty = dict(frozen_norm=True, refresh=2, seed=42)

@@ -19,14 +19,17 @@ from sklearn.preprocessing import StandardScaler
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import TensorDataset
-from marsclr.engine.files import MarsclrError, one_line, read_json, atomic_write, write_json
+from marsclr.engine.files import MarsclrError, atomic_write, read_json, write_json
 from marsclr.engine.commands import command
+from marsclr.engine.embed import by_image as mean_by_image, load_projection, named_encoder
 from marsclr.engine.encoders import ContrastiveModel, Stages, create_encoder, encode
 from marsclr.engine.encoders import load_encoder, pick_device, projection_head, width
 from marsclr.engine.logistic import choose_penalty
 from marsclr.engine.packing import load_pack
+from marsclr.engine.predict import keep_classifier, predict_into
 from marsclr.engine.processes import process_group, rank
-from marsclr.engine.runs import load_checkpoint
+from marsclr.engine.sizes import features_size
+from marsclr.engine.weights import backbone_of, describe_init
 from marsclr.training import adam
 import importlib.util, shutil, tempfile
 from fastcore.test import *
@@ -177,6 +180,19 @@ def test_from_the_command_line():
     summary = read_json(tmp/'stages/summary.json')
     test_eq([summary[name] for name in ('backbone', 'seed', 'stages')], ['resnet18', 0, True])
     plt.close('all')
+
+    seeded = ('random', tmp/'pack', '--to', tmp/'kept', '--seed')
+    run_probe(*seeded, 0, '--predict', tmp/'pack')
+    named = pd.read_csv(tmp/'kept/classes-pack.csv')
+    tested = pd.read_csv(tmp/'kept/predictions.csv').set_index('path')
+    test_eq(len(named), len(pack))
+    pack_classes = np.array(pack.classes)[tested.predicted]
+    test_eq(named.set_index('path').loc[tested.index, 'class'].tolist(), pack_classes.tolist())
+    with expect_fail(SystemExit, 'is of other features (seed is 0 there, 1 here)'):
+        run_probe(*seeded, 1, '--predict', tmp/'pack')
+    with expect_fail(SystemExit, '--predict goes with --kind logistic or projection, not with linear'):
+        run_probe(*seeded, 0, '--kind', 'linear', '--predict', tmp/'pack')
+    named.head(3)
 
     for words,why in {
         ('random', tmp/'pack', '--to', tmp/'p', '--kind', 'cubic'): 'choose from logistic linear',
