@@ -7,7 +7,7 @@ __all__ = ['choices', 'least', 'check_settings', 'check_trainable', 'check_refre
            'build_model', 'check_same_images', 'write_images', 'train_in_folder']
 
 # %% ../../nbs/engine/run_config.ipynb #57702d1d
-import math
+import math, textwrap
 from pathlib import Path
 
 import pandas as pd, torch
@@ -185,7 +185,7 @@ def train_in_folder(
     weights = run/'encoder.safetensors'
     if rank() == 0: save_encoder(unwrap_model(learn.model).encoder, weights)
     health = describe_health(run) if rank() == 0 else ''
-    if health: _say(f'{run}: {health}')
+    if health: _say(textwrap.fill(f'{run}: {health}', 98, subsequent_indent='  '))
     if config['timm_options']:
         _say(f"in plain timm: {timm_line(config['backbone'], config['timm_options'], weights)}")
 
