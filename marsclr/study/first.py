@@ -71,11 +71,11 @@ def expected_seconds(
 
 first_losses = {'equation 1': 'ntxent', 'cluster-aware, true classes': 'cluster_aware'}
 
-# %% ../../nbs/study/first.ipynb #c50f4c18
+# %% ../../nbs/study/first.ipynb #2f8a1838
 def false_pairs(
     pool:Pack,       # with true labels
     batch:np.ndarray, # (B,) its rows in a batch
-    n:int=4,         # pairs of each kind, at most
+    n:int=3,         # pairs of each kind, at most
 ) -> dict: # (P, 2) row numbers, of images of one burst, and of one class but two bursts
     "Pairs in a batch that are negatives for equation 1, but show the same thing"
     first,second = np.triu_indices(len(batch), 1)
@@ -163,22 +163,24 @@ def print_table(
           "image's four\nnearest neighbours show its class. One seed: differences within the "
           'intervals say nothing.')
 
-# %% ../../nbs/study/first.ipynb #98e8efa1
+# %% ../../nbs/study/first.ipynb #17d1f0f1
 def first_figure(
     pool:Pack,
     pairs:dict,    # what `false_pairs` gave
     labeled:Pack,
     features:dict, # of the encoders to show, by name
-    classes=5,     # to show
+    rows=5,        # images to ask, each of another class
+    k=3,           # neighbours of each
 ):
     "False negatives above, nearest neighbours below"
-    fig = plt.figure(figsize=(8.2, 6.9), dpi=90, layout='constrained')
-    above,below = fig.subfigures(2, 1, height_ratios=[1.5, classes])
+    fig = plt.figure(figsize=(8.2, 6), dpi=90, layout='constrained')
+    above,below = fig.subfigures(2, 1, height_ratios=[1.3, rows])
     above.suptitle('False negatives: equation 1 pushes these pairs of one batch apart', fontsize=9)
     _draw_pairs(above, pool, pairs)
     label = labeled.table.label.to_numpy()
-    asked = np.array([np.flatnonzero(label == c)[0] for c in np.unique(label)[:classes]])
-    found = {name: nearest_images(x, asked) for name,x in features.items()}
+    classes = np.unique(label)[::2] if label.max() >= 2*rows-1 else np.unique(label)
+    asked = np.array([np.flatnonzero(label == c)[0] for c in classes[:rows]])
+    found = {name: nearest_images(x, asked, k) for name,x in features.items()}
     below.suptitle('Nearest neighbours: green where the class is the same', fontsize=9)
     neighbours_figure(labeled, asked, found, label, below)
     return fig
@@ -194,7 +196,7 @@ def _draw_pairs(fig, pool, pairs):
             ax.set_axis_off()
             ax.set_title(kind, fontsize=7)
 
-# %% ../../nbs/study/first.ipynb #1e850045
+# %% ../../nbs/study/first.ipynb #5315c51a
 advice = '''What to try next:
   jupyter lab nbs                    the lessons: what you have just seen, step by step
   marsclr_start FOLDER --minutes 30  the same on your own images, without labels
@@ -224,7 +226,7 @@ def _report(to, pool, pairs, labeled, features, seed):
     table = first_table(features, labeled, seed)
     print()
     print_table(table, (labeled.table.split == 'test').sum())
-    shown = {name: features[name] for name in ('random weights', 'equation 1')}
+    shown = {name: features[name] for name in ('random weights', *first_losses)}
     fig = first_figure(pool, pairs, labeled, shown)
     with atomic_write(to/'first.png') as p: fig.savefig(p, format='png')
     plt.close(fig)
