@@ -91,7 +91,7 @@ GOOD = ['marsclr_pack msl yard.pack --root yard --size 32', 'marsclr_pack msl ot
         'marsclr_pretrain yard.pack run2 SMALL --loss cluster_aware --clusters found.npz', 'marsclr_probe run2 yard.pack',
         'marsclr_falseneg rates yard.pack --batch 16 --clusters found.npz', 'marsclr_falseneg diagnose yard.pack --batch 16 --alike 5',
         'marsclr_cluster yard.pack,other.pack --source pixels --bursts --clusters 5 --to both.npz', 'marsclr_pretrain yard.pack,other.pack run3 SMALL --loss cluster_aware --clusters both.npz',
-        'marsclr_cluster yard.pack --source pixels --clusters 1 --to one.npz', 'marsclr_pack msl same.pack --root same --size 32']
+        'marsclr_cluster yard.pack --source pixels --clusters 1 --to one.npz', 'marsclr_embed run yard.pack --to features --device cpu', 'marsclr_pack msl same.pack --root same --size 32']
 
 
 @pytest.fixture(scope='module')
@@ -213,6 +213,7 @@ def test_the_commands_make_what_they_promise(base):
     made = {f'yard.texture.{suffix}' for suffix in ('csv', 'npz', 'png', 'run')}
     assert {o.name for o in base.glob('yard.texture.*')} == made
     assert {o.name for o in (base/'yard.texture.run').iterdir()} - {'checkpoint-before.pt', '.lock'} == {'config.json', 'log.csv', 'checkpoint.pt', 'texture.safetensors', 'clusters.npz'}
+    assert {o.name for o in (base/'features').iterdir()} == {'features.csv', 'features.npy', 'summary.json'}
     assert 0 <= json.loads((base/'run2'/'probe-yard.pack'/'summary.json').read_text())['accuracy'] <= 1
 
 
