@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['first_settings', 'other_views', 'first_losses', 'advice', 'FirstSettings', 'views_per_second', 'expected_seconds',
            'false_pairs', 'rate_told', 'first_encoders', 'has_imagenet', 'first_table', 'print_table', 'first_figure',
-           'first']
+           'first', 'first_study']
 
-# %% ../../nbs/study/first.ipynb #fcba4488
+# %% ../../nbs/study/first.ipynb #57fd3052
 import textwrap, time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np, pandas as pd, torch
@@ -24,6 +24,7 @@ from ..engine.randomness import epoch_order
 from ..engine.weights import init_file
 from ..linear_evaluation import probe
 from .homogeneity import labeled_yard, yard_pack
+from .settings import open_folder, save_figure
 from ..training import pretrain
 
 # %% ../../nbs/study/first.ipynb #4df0cab9
@@ -42,7 +43,7 @@ first_settings = FirstSettings(
                   lr=1e-3, optimizer='adamw', schedule='cosine', warmup=20, crop_min=.08,
                   crop_max=.6, colour_strength=.5, device='cpu'))
 
-# %% ../../nbs/study/first.ipynb #263c8e13
+# %% ../../nbs/study/first.ipynb #f22942b3
 def views_per_second(
     backbone:str, # timm name
     size:int,     # side of the views, pixels
@@ -50,15 +51,15 @@ def views_per_second(
     rounds=3,     # that are timed, after one that is not
 ) -> float:
     "How many views this machine takes forward and back in a second"
-    net = create_encoder(backbone).train()
-    x = torch.randn(views, 3, size, size)
+    net = create_encoder(backbone).train().to(memory_format=torch.channels_last)
+    x = torch.randn(views, 3, size, size).contiguous(memory_format=torch.channels_last)
     net(x).sum().backward()
     began = time.perf_counter()
     for _ in range(rounds): net(x).sum().backward()
     return rounds*views/(time.perf_counter()-began)
 
-# %% ../../nbs/study/first.ipynb #a684dbe7
-other_views = 14 # all but the passes of training, as views for each image of both yards
+# %% ../../nbs/study/first.ipynb #f48cad15
+other_views = 16 # all but the passes of training, as views for each image of both yards
 
 def expected_seconds(
     settings:FirstSettings,
@@ -196,7 +197,7 @@ def _draw_pairs(fig, pool, pairs):
             ax.set_axis_off()
             ax.set_title(kind, fontsize=7)
 
-# %% ../../nbs/study/first.ipynb #5315c51a
+# %% ../../nbs/study/first.ipynb #c65a5a5f
 advice = '''What to try next:
   jupyter lab nbs                    the lessons: what you have just seen, step by step
   marsclr_start FOLDER --minutes 30  the same on your own images, without labels
@@ -214,7 +215,7 @@ def first(
           f'the whole will take about {expected_seconds(settings, speed):.0f} seconds.', flush=True)
     pool = yard_pack(to/'pool.pack', n=settings.images, n_classes=settings.classes, seed=1,
                      **settings.yard)
-    labeled = labeled_yard(to, settings.classes, asdict(settings))
+    labeled = labeled_yard(to, settings.classes, settings)
     pairs = false_pairs(pool, epoch_order(len(pool), seed, 0)[:s['batch_size']])
     print(rate_told(pool, s['batch_size']), flush=True)
     encoders = first_encoders(pool, to, settings, seed)
@@ -228,9 +229,13 @@ def _report(to, pool, pairs, labeled, features, seed):
     print_table(table, (labeled.table.split == 'test').sum())
     shown = {name: features[name] for name in ('random weights', *first_losses)}
     fig = first_figure(pool, pairs, labeled, shown)
-    with atomic_write(to/'first.png') as p: fig.savefig(p, format='png')
-    plt.close(fig)
+    save_figure(fig, to/'first.png')
     with atomic_write(to/'table.csv') as p: table.to_csv(p, index=False, float_format='%.4f')
     print(f'\nLook at {to}/first.png:\nfalse negatives of one batch, and the nearest neighbours '
           f'of some images before training and after.\n\n{advice}\n')
     return f'{to}/first.png {to}/table.csv'
+
+# %% ../../nbs/study/first.ipynb #6ed4bdc7
+def first_study(data, to, settings, seed):
+    "The preset `first` of `marsclr_reproduce`"
+    with open_folder(to, data, settings): return first(to, settings, seed)
