@@ -7,6 +7,7 @@ import numpy as np, pandas as pd
 from marsclr.engine.clusters import pixel_features
 from marsclr.engine.files import MarsclrError
 from marsclr.engine.commands import command
+from marsclr.engine.health import describe_copies
 from marsclr.engine.pairs import near_duplicates, nearest_similarity, nothing_to_learn, print_bursts, print_thumbnail_clusters, random_pairs, write_pairs
 from marsclr.false_negatives import false_negative_rate, print_rates
 from marsclr.engine.packing import Pack, pack_stem, concat_packs, load_pack
@@ -168,7 +169,7 @@ def test_from_the_command_line():
     copies = broken_pack('copies', np.repeat(ten[:1].numpy(), 6, axis=0))
     for path in (blank, copies):
         with redirect_stdout(StringIO()) as said: marsclr_falseneg(['diagnose', path, '--batch', '4'])
-        print(said.getvalue())
+        print(said.getvalue().replace(', so', ',\nso'))
         assert 'there is nothing to learn' in said.getvalue()
         assert 'recommendation' not in said.getvalue()
     test_eq(diagnose(copies, batch=4), np.ones(5))

@@ -11,6 +11,7 @@ from dataclasses import replace
 
 from .chain import ChainSettings
 from .cluster_study import ClusterSettings
+from .first import first_settings
 from .homogeneity import DialSettings
 from .purity import PuritySettings
 from .recipes import aware, dcl, domains, eq1, groups, mixed, random_weights
@@ -94,6 +95,7 @@ laptop_yard = GridSettings(
 
 # %% ../../nbs/study/presets.ipynb #4c8f0ecd
 presets = dict(
+    first=dict(marsyard=first_settings),
     smoke=smoke,
     clusters=clusters,
     homogeneity=homogeneity,
