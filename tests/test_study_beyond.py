@@ -87,9 +87,9 @@ def test_how_far_may_one_trust_val():
     fig3 = read_cells('../results/laptop-msl/fig3.csv')
     eq1 = fig3[(fig3.method == 'eq. 1') & (fig3['pack'] == 'HiRISE v3.2 subset')]
     print(f'the largest class has {eq1.majority.iloc[0]:.1%} of the test images')
-    print(f'balanced accuracy: equation 1 {eq1.balanced_accuracy.mean():.1%}, ', end='')
+    print(f'balanced accuracy: equation 1 {100*eq1.balanced_accuracy.mean():.1f} %')
     for method in ('DCL, layer=all', 'DCL, epochs=36, layer=all', 'recommended'):
-        print(f"{method} {mean_of(method, 100, orbit, 'balanced_accuracy'):.1f} %", end='; ')
+        print(f"{method}: {mean_of(method, 100, orbit, 'balanced_accuracy'):.1f} %")
 
     is_trained = [recipe_of(method).weights == 'pretrained' for method in encoders.method]
     trained = encoders[is_trained]

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from marsclr.study.chain import ChainSettings
 from marsclr.study.cluster_study import ClusterSettings
+from marsclr.study.first import first_settings
 from marsclr.study.homogeneity import DialSettings
 from marsclr.study.purity import PuritySettings
 from marsclr.study.recipes import aware, dcl, domains, eq1, groups, mixed, random_weights
