@@ -23,7 +23,7 @@ from ..engine.encoders import create_encoder, encode, load_encoder
 from ..diagnosis import judge, references
 from .homogeneity import curve, curve_figure, gains, leaves_pack, yard_pack
 from ..linear_evaluation import probe
-from ..atlas import draw_maps, is_map_of
+from .maps import draw_maps, is_map_of
 from ..archives.marsyard import write_marsyard
 from .methods import Lab, recipe_of
 from ..engine.packing import Pack, load_pack, pack_archive
