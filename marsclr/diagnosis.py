@@ -15,6 +15,7 @@ import numpy as np, pandas as pd
 from .engine.clusters import pixel_features
 from .engine.files import MarsclrError
 from .engine.commands import command
+from .engine.health import describe_copies
 from .engine.pairs import (near_duplicates, nearest_similarity, nothing_to_learn,
                                   print_bursts, print_thumbnail_clusters, random_pairs, write_pairs)
 from .false_negatives import false_negative_rate, print_rates
@@ -253,6 +254,8 @@ def diagnose(
     if problem := nothing_to_learn(x):
         print(problem)
         return np.ones(5)
+    copies = describe_copies(pack.table)
+    if copies: print(f'{pack.name}: {copies}')
     similarity = nearest_similarity(pack, device=device)
     rate = estimate_rate(similarity, None if alike < 0 else alike, len(pairs))
     near = near_duplicates(pack, x)

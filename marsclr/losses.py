@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['NTXentLoss', 'DCLLoss', 'ClusterAwareLoss', 'ViewPositivesLoss', 'EliminationLoss', 'AttractionLoss', 'losses',
-           'equation_1', 'plain_masks', 'plain_loss', 'check_batch', 'check_two_views', 'ContrastiveLoss']
+           'equation_1', 'pairs_within', 'plain_masks', 'mean_over_anchors', 'plain_loss', 'check_batch',
+           'check_two_views', 'ContrastiveLoss']
 
 # %% ../nbs/03_losses.ipynb #8a10bebb
 from functools import partial
 
 import torch, torch.nn.functional as F
+from fastcore.basics import patch, store_attr
 from torch import nn
 from .engine.files import MarsclrError
 from .engine.processes import gather, mean_over_ranks, rank
@@ -30,6 +32,14 @@ def equation_1(
     pair_losses = log_denominator - s
     return pair_losses[positive].mean()
 
+# %% ../nbs/03_losses.ipynb #af83ba5c
+def pairs_within(
+    groups:torch.Tensor, # (M,) int64: the image or the cluster of each view
+) -> torch.Tensor: # (M, M) bool
+    "Which two views are of one group; no view makes a pair with itself"
+    itself = torch.eye(len(groups), dtype=torch.bool, device=groups.device)
+    return (groups[:,None] == groups) & ~itself
+
 # %% ../nbs/03_losses.ipynb #21823b89
 def plain_masks(
     ids:torch.Tensor,      # (M,) int64: the image of each view
@@ -39,13 +49,22 @@ def plain_masks(
     positive_below:bool,
 ) -> tuple: # two (M, M) bool: positives of each anchor, and views in its denominator
     "The two masks of a contrastive loss"
+    positive = pairs_within(ids if positives == 'view' else clusters)
     itself = torch.eye(len(ids), dtype=torch.bool, device=ids.device)
-    groups = ids if positives == 'view' else clusters
-    positive = (groups[:,None] == groups) & ~itself
     below = ~itself if negatives == 'view' else clusters[:,None] != clusters
     if negatives == 'cluster' or not positive_below: below = below & ~positive
     has_negative = (below & ~positive).any(1, keepdim=True)
     return positive & has_negative, below
+
+# %% ../nbs/03_losses.ipynb #e9416b3b
+def mean_over_anchors(
+    pair_losses:torch.Tensor, # (M, M): of each anchor and each other view
+    positive:torch.Tensor,    # (M, M) bool: the positives of each anchor
+) -> torch.Tensor: # scalar
+    "Mean over the positives of each anchor, then over anchors"
+    pair_losses = torch.where(positive, pair_losses, 0)
+    anchor_losses = pair_losses.sum(1)/positive.sum(1).clamp(min=1)
+    return anchor_losses.mean()
 
 # %% ../nbs/03_losses.ipynb #977c45e1
 def plain_loss(
@@ -64,9 +83,7 @@ def plain_loss(
     log_denominator = s.masked_fill(~below, -torch.inf).logsumexp(1, keepdim=True)
     if positive_below and negatives == 'cluster':
         log_denominator = torch.logaddexp(log_denominator, s)
-    pair_losses = torch.where(positive, log_denominator - s, 0)
-    anchor_losses = pair_losses.sum(1)/positive.sum(1).clamp(min=1)
-    return anchor_losses.mean()
+    return mean_over_anchors(log_denominator - s, positive)
 
 # %% ../nbs/03_losses.ipynb #e536bf56
 def check_batch(
@@ -75,7 +92,7 @@ def check_batch(
     clusters:torch.Tensor, # (M,) cluster of each view, or None
     needs_clusters:bool,
 ):
-    "One id a view, and clusters where they are needed"
+    "Refuse a batch without an id for each view, or without the clusters that it needs"
     if needs_clusters and clusters is None:
         raise MarsclrError('this loss needs cluster ids, one a view')
     for given in (ids, clusters):
@@ -83,10 +100,11 @@ def check_batch(
         shape = tuple(given.shape)
         raise MarsclrError(f'{len(z)} projections with ids of shape {shape}: give one id a view')
 
+# %% ../nbs/03_losses.ipynb #10a0f075
 def check_two_views(
     ids:torch.Tensor, # (M,) image of each view
 ):
-    "Some image has two views; a GPU is waited for"
+    "Refuse a batch in which no image has two views; this waits for a GPU"
     if len(ids) and len(ids.unique()) == len(ids):
         raise MarsclrError('no two views are of one image: give both views of an image the same id')
 
@@ -102,33 +120,36 @@ class ContrastiveLoss(nn.Module):
         super().__init__()
         if not temperature > 0: raise MarsclrError(f'temperature {temperature}: must be above 0')
         check_pairs(positives, negatives)
-        self.temperature = temperature
-        self.positives = positives
-        self.negatives = negatives
-        self.positive_below = positive_below
+        store_attr()
         self.lonely = 0
         self.checked = False
 
     @property
     def needs_clusters(self): return 'cluster' in (self.positives, self.negatives)
 
-    def forward(self,
-        z:torch.Tensor,             # (M, D) projections
-        ids:torch.Tensor,           # (M,) image of each view
-        clusters:torch.Tensor=None, # (M,) cluster of each view
-    ) -> torch.Tensor: # scalar
-        check_batch(z, ids, clusters, self.needs_clusters)
-        if not self.checked: check_two_views(ids)
-        self.checked = True
-        anchors = slice(rank()*len(z), (rank()+1)*len(z))
-        everyone = gather(z), gather(ids), None if clusters is None else gather(clusters)
-        switches = self.positives, self.negatives, self.positive_below
-        loss,self.lonely = contrastive_loss(*everyone, self.temperature, *switches, anchors)
-        return mean_over_ranks(loss)
+# %% ../nbs/03_losses.ipynb #b65a82ab
+@patch
+def forward(self:ContrastiveLoss,
+    z:torch.Tensor,             # (M, D) projections
+    ids:torch.Tensor,           # (M,) image of each view
+    clusters:torch.Tensor=None, # (M,) cluster of each view
+) -> torch.Tensor: # scalar
+    "The loss of the batch of all processes"
+    check_batch(z, ids, clusters, self.needs_clusters)
+    if not self.checked: check_two_views(ids)
+    self.checked = True
+    anchors = slice(rank()*len(z), (rank()+1)*len(z))
+    everyone = gather(z), gather(ids), None if clusters is None else gather(clusters)
+    switches = self.positives, self.negatives, self.positive_below
+    loss,self.lonely = contrastive_loss(*everyone, self.temperature, *switches, anchors)
+    return mean_over_ranks(loss)
 
-    def extra_repr(self):
-        names = ('temperature', 'positives', 'negatives', 'positive_below')
-        return ', '.join(f'{name}={getattr(self, name)}' for name in names)
+# %% ../nbs/03_losses.ipynb #cba6397c
+@patch
+def extra_repr(self:ContrastiveLoss) -> str:
+    "The switches, as torch prints them"
+    names = ('temperature', 'positives', 'negatives', 'positive_below')
+    return ', '.join(f'{name}={getattr(self, name)}' for name in names)
 
 # %% ../nbs/03_losses.ipynb #155b9c6b
 NTXentLoss = partial(ContrastiveLoss, positives='view', negatives='view', positive_below=True)
@@ -142,6 +163,7 @@ EliminationLoss = partial(
 AttractionLoss = partial(
     ContrastiveLoss, positives='cluster', negatives='view', positive_below=True)
 
+# %% ../nbs/03_losses.ipynb #e35cc9ca
 losses = dict(
     ntxent=NTXentLoss,
     dcl=DCLLoss,

@@ -2,6 +2,7 @@
 # A function is a section of the notebook. They run in order: a name that another section uses too is global.
 from functools import partial
 import torch, torch.nn.functional as F
+from fastcore.basics import patch, store_attr
 from torch import nn
 from marsclr.engine.files import MarsclrError
 from marsclr.engine.processes import gather, mean_over_ranks, rank
@@ -50,7 +51,7 @@ def test_a_false_negative():
 
 
 def test_equation_1():
-    global by_hand, z
+    global by_hand, eq1, z
     def by_hand(z, positive, below, temperature):
         "Mean over an anchor's positives, then over anchors; `below[i]` marks i's denominator"
         z = z/z.norm(dim=1, keepdim=True)
@@ -67,6 +68,7 @@ def test_equation_1():
     eq1
 
     test_close(equation_1(z, ids), eq1, eps=1e-12)
+    test_close(equation_1(3*z, ids), eq1, eps=1e-12) # only directions count
 
     same_vector = torch.ones(4, 8)
     opposite = torch.tensor([[1., 0], [-1, 0], [1, 0], [-1, 0]])
@@ -92,6 +94,7 @@ def test_equation_1():
 
 def test_the_cluster_aware_loss():
     cluster_aware = by_hand(z, same_cluster & ~itself, ~same_cluster, .5)
+    assert cluster_aware != eq1
     cluster_aware
 
     def draw(ax, positive, negative, title):
@@ -107,6 +110,17 @@ def test_the_cluster_aware_loss():
     draw(axs[0], same_image & ~itself, ~same_image, 'eq. 1: images 1 and 3 are negatives')
     draw(axs[1], same_image & ~itself, ~same_cluster, 'view positives: they are left out')
     draw(axs[2], same_cluster & ~itself, ~same_cluster, 'cluster-aware: they are positives')
+
+    test_eq(pairs_within(ids), same_image & ~itself)
+    test_eq(pairs_within(clusters), same_cluster & ~itself)
+
+    of_eq2 = plain_masks(ids, clusters, 'cluster', 'cluster', False)
+    test_eq(of_eq2[0], same_cluster & ~itself)
+    test_eq(of_eq2[1], ~same_cluster)
+
+    of_pairs = torch.tensor([[9., 1, 3], [5, 9, 9], [9, 9, 9]])
+    is_positive = torch.tensor([[False, True, True], [True, False, False], [False]*3])
+    test_close(mean_over_anchors(of_pairs, is_positive).item(), ((1+3)/2 + 5 + 0)/3, eps=1e-6)
 
     test_close(plain_loss(z, ids), equation_1(z, ids), eps=1e-12)
     test_close(plain_loss(z, ids, clusters, .5, 'cluster', 'cluster', False), cluster_aware, eps=1e-12)
@@ -133,6 +147,11 @@ def test_lonely_anchors():
 
 def test_the_losses_with_a_name():
     global clusters, ids, z
+    module = ContrastiveLoss(.2, 'cluster')
+    test_close(module(z, ids, clusters), plain_loss(z, ids, clusters, .2, 'cluster'), eps=1e-6)
+    print(module)
+    assert 'temperature=0.2, positives=cluster, negatives=view' in repr(module)
+
     torch.manual_seed(0)
     z = torch.randn(256, 32)
     ids = torch.arange(128).repeat(2)

@@ -8,10 +8,11 @@ from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from fastai.optimizer import OptimWrapper
 from fastai.torch_core import trainable_params
+from fastcore.basics import patch, store_attr
 from fastcore.foundation import L
 from marsclr.engine.callbacks import FrozenNorm, OnlineKnn, RefreshClusters, Schedule, by_layer
 from marsclr.engine.clusters import load_clusters
-from marsclr.engine.encoders import ContrastiveModel, check_size, pick_device
+from marsclr.engine.encoders import ContrastiveModel, pick_device
 from marsclr.engine.files import MarsclrError
 from marsclr.engine.learner import Autocast, PackLoader, RunLearner
 from marsclr.engine.packing import Pack, load_pack, open_packs
@@ -20,6 +21,7 @@ from marsclr.engine.randomness import epoch_order
 from marsclr.engine.run_config import build_model, check_refresh, check_settings
 from marsclr.engine.run_config import check_trainable, make_config, train_in_folder
 from marsclr.engine.runs import RunFolder
+from marsclr.engine.sizes import features_size
 from marsclr.engine.views import Views
 from marsclr.engine.weights import input_stats
 from marsclr.losses import losses
@@ -42,7 +44,7 @@ from marsclr.training import *
 
 
 def test_two_views_of_each_image():
-    global pack, tmp, views
+    global both, epoch, first, images, pack, rows, seed, tmp, views
     tmp = Path(tempfile.mkdtemp())
     pack = pack_archive(msl(write_marsyard(tmp/'yard', n=256, size=64)), tmp/'pack', size=64)
     pack
@@ -68,9 +70,18 @@ def test_two_views_of_each_image():
     test_eq(first, views(images, rows, seed, epoch, 0))
     assert not torch.equal(first, second)
 
+    both = two_views(views, images, rows, seed, epoch)
+    test_eq(both, torch.cat([first, second]))
+    test_close(both, views.two(images, rows, seed, epoch)) # the engine's, in one pass
+
 
 def test_one_step_by_hand():
     global bs, plain, small_model
+    test_eq([len(batch) for batch in batches(10, 4, seed, epoch)], [4, 4])
+    test_eq(torch.cat(batches(8, 4, seed, epoch)).sort().values, torch.arange(8))
+    assert not torch.equal(batches(8, 8, seed, 0)[0], batches(8, 8, seed, 1)[0])
+    test_eq(batches(3, 4, seed, epoch), [])
+
     bs = 64
     loss = losses['ntxent'](temperature=.2)
     chance = loss(torch.ones(2*bs, 128), torch.arange(bs).repeat(2)).item()
@@ -92,8 +103,21 @@ def test_one_step_by_hand():
     assert np.mean(history[-4:]) < np.mean(history[:4])
 
 
+def test_two_views_as_a_callback():
+    callback = TwoViews(views, seed, clusters=torch.arange(len(pack))//10)
+    callback.learn = SimpleNamespace(xb=(images,), yb=(rows,), epoch=epoch)
+    callback.before_batch()
+    test_close(callback.learn.xb[0], both)
+    test_eq(callback.learn.yb[0], rows.repeat(2))
+    test_eq(callback.learn.yb[1], rows.repeat(2)//10)
+
+
 def test_the_learner():
     global fit, small_learner
+    parameter = torch.nn.Parameter(torch.ones(1))
+    test_eq(type(adam([parameter]).opt), torch.optim.Adam)
+    test_eq(type(adam([parameter], decoupled=True).opt), torch.optim.AdamW)
+
     def small_learner(loss='ntxent', **kwargs):
         loss = losses[loss](temperature=.2)
         return contrastive_learner(pack, small_model(), loss, views, bs=bs, lr=1e-3, device='cpu',
@@ -143,12 +167,22 @@ def test_from_settings_to_a_learner():
     with expect_fail(MarsclrError, 'but the loss dcl does not use them'):
         build_loss(dict(loss='dcl', temperature=.2), SimpleNamespace(k=2))
 
+    crops = dict(image_size=48, crop_min=.1, crop_max=.9, colour_strength=.5)
+    built = build_views(crops, small_model())
+    test_eq((built.size, built.scale, built.strength), (48, (.1, .9), .5))
+    turned = build_views(crops | dict(upside_down=.5, quarter_turns=True, blur=.1), small_model())
+    test_eq((turned.upside_down, turned.quarter_turns, turned.blur), (.5, True, .1))
+    test_eq(built(images, rows, seed, epoch, 0).shape, (8, 3, 48, 48))
+
     plenty = dict(frozen_norm=True, refresh=2, seed=42)
     cbs = build_callbacks(plenty, small_model().encoder, pack, SimpleNamespace(k=3), labeled=pack)
     test_eq([cb.name for cb in cbs], ['frozen_norm', 'online_knn', 'refresh_clusters'])
 
+    nothing = dict(frozen_norm=False, refresh=0, seed=42)
+    test_eq(build_callbacks(nothing, small_model().encoder, pack), [])
 
-def test_the_whole_of_it_as_a_command():
+
+def test_one_function_for_all_of_it():
     global plain
     settings = dict(backbone='resnet10t', image_size=32, epochs=2, batch_size=64, temperature=.2,
                     knn=f'{tmp}/pack', device='cpu')
@@ -168,6 +202,7 @@ def test_the_whole_of_it_as_a_command():
 
     plain = timm.create_model('resnet10t', num_classes=0, checkpoint_path=run/'encoder.safetensors')
     test_eq(plain.state_dict()['conv1.0.weight'], load_encoder(run).state_dict()['conv1.0.weight'])
+    test_eq(plain.eval()(first).shape, (8, 512))
 
 
 def test_what_has_been_learned():
@@ -184,9 +219,12 @@ def test_what_has_been_learned():
     assert loss_by_epoch.iloc[-1] < loss_by_epoch.iloc[0] - .5
     len(voters), len(asked)
 
+    def unit_features(encoder, pack):
+        return F.normalize(encode(encoder, pack, 32, device='cpu'), dim=1)
+
     def nearest(encoder, rows, n=4):
-        x,y = (F.normalize(encode(encoder, p, 32, device='cpu'), dim=1) for p in (asked, voters))
-        return (x[rows] @ y.T).topk(n).indices.numpy()
+        similarity = unit_features(encoder, asked)[rows] @ unit_features(encoder, voters).T
+        return similarity.topk(n).indices.numpy()
 
     def draw(ax, pack, row, colour):
         ax.imshow(pack[int(row)])
@@ -211,7 +249,8 @@ def test_what_has_been_learned():
     for name,hits in same.items(): print(f'{name}: {hits.sum()} of {hits.size} are of the same class')
 
     def judge(encoder):
-        x,y = (F.normalize(encode(encoder, p, 32, device='cpu'), dim=1) for p in (voters, asked))
+        x = unit_features(encoder, voters)
+        y = unit_features(encoder, asked)
         shares = [knn_accuracy(x, labels_of(voters), y, labels_of(asked), k) for k in (1, 20)]
         return shares + [(x @ y.T).mean().item()]
 

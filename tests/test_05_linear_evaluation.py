@@ -23,10 +23,14 @@ from marsclr.engine.files import MarsclrError, one_line, read_json, atomic_write
 from marsclr.engine.commands import command
 from marsclr.engine.encoders import ContrastiveModel, Stages, create_encoder, encode
 from marsclr.engine.encoders import load_encoder, pick_device, projection_head, width
-from marsclr.engine.logistic import choose_penalty
+from marsclr.engine.embed import image_numbers, image_table, mean_over_tiles
+from marsclr.engine.logistic import LogisticProbe, choose_penalty
 from marsclr.engine.packing import load_pack
+from marsclr.engine.predict import classify, load_classifier, save_classifier, write_predictions
 from marsclr.engine.processes import process_group, rank
 from marsclr.engine.runs import load_checkpoint
+from marsclr.engine.sizes import features_size
+from marsclr.engine.weights import describe_init
 from marsclr.training import adam
 import importlib.util, shutil, tempfile
 from fastcore.test import *
@@ -127,12 +131,25 @@ def test_from_the_command_line():
     def run_probe(*words): marsclr_probe([str(word) for word in words])
     run_probe('random', tmp/'pack', '--to', tmp/'probe', '--seed', 0)
     written = sorted(file.name for file in (tmp/'probe').iterdir())
-    test_eq(written, ['confusion.png', 'per_class.csv', 'predictions.csv', 'summary.json'])
+    test_eq(written, ['classifier.npz', 'confusion.png', 'per_class.csv', 'predictions.csv',
+                      'summary.json'])
     test_close(read_json(tmp/'probe/summary.json')['accuracy'], result.accuracy, eps=.02)
     run_probe('random', tmp/'pack', '--to', tmp/'stages', '--seed', 0, '--stages')
     summary = read_json(tmp/'stages/summary.json')
     test_eq([summary[name] for name in ('backbone', 'seed', 'stages')], ['resnet18', 0, True])
     plt.close('all')
+
+    run_probe('random', tmp/'pack', '--to', tmp/'probe', '--seed', 0, '--predict', tmp/'pack')
+    named = pd.read_csv(tmp/'probe/classes-pack.csv')
+    tested = pd.read_csv(tmp/'probe/predictions.csv').set_index('path')
+    test_eq(len(named), len(pack))
+    pack_classes = np.array(pack.classes)[tested.predicted]
+    test_eq(named.set_index('path').loc[tested.index, 'class'].tolist(), pack_classes.tolist())
+    with expect_fail(SystemExit, 'is of other features (seed is 0 there, 1 here)'):
+        run_probe('random', tmp/'pack', '--to', tmp/'probe', '--seed', 1, '--predict', tmp/'pack')
+    with expect_fail(SystemExit, '--predict goes with --kind logistic or projection, not with linear'):
+        run_probe('random', tmp/'pack', '--to', tmp/'p', '--kind', 'linear', '--predict', tmp/'pack')
+    named.head(3)
 
     for words,why in {
         ('random', tmp/'pack', '--to', tmp/'p', '--kind', 'cubic'): 'choose from logistic linear',

@@ -3,7 +3,6 @@
 from functools import partial
 from pathlib import Path
 import numpy as np, pandas as pd, torch, torch.nn.functional as F
-from fastprogress import progress_bar
 from matplotlib import pyplot as plt
 from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score, silhouette_score
 from sklearn.metrics.cluster import contingency_matrix
@@ -12,7 +11,9 @@ from marsclr.engine.files import MarsclrError, atomic_write
 from marsclr.engine.commands import command
 from marsclr.engine.encoders import create_encoder, encode, pick_device
 from marsclr.engine.packing import Pack, pack_stem, open_packs, split_paths
+from marsclr.engine.health import describe_copies
 from marsclr.engine.processes import on_first_rank, process_group, rank
+from marsclr.engine.progress import progress_bar
 from marsclr.texture import texture_clusters
 import shutil, tempfile
 from itertools import combinations

@@ -6,7 +6,7 @@ from datetime import timedelta
 from heapq import nsmallest
 from pathlib import Path
 import pandas as pd
-from fastprogress import progress_bar
+from marsclr.engine.progress import progress_bar
 from marsclr.archives.downloads import Part, check_image, digest, exclusive_folder, get_file
 from marsclr.archives.feeds import Feed, feeds, image_path, latest_sol, list_sol, to_rows
 from marsclr.archives.fetcher import Fault, Fetcher

@@ -5,7 +5,7 @@ import hashlib, lzma, os, re, shutil, stat, zipfile, zlib
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 import pandas as pd
-from fastprogress import progress_bar
+from marsclr.engine.progress import progress_bar
 from PIL import Image
 from torchvision.datasets.folder import find_classes
 from marsclr.archives.downloads import Part, check_digest, check_image, digest

@@ -169,13 +169,13 @@ def test_the_installed_script_is_what_the_other_tests_call(base, tmp_path):
     assert (done.returncode, done.stdout, done.stderr.splitlines()[-1]) == (status, out, err.splitlines()[-1])
 
 
-def test_eleven_commands_are_installed():
-    assert sorted(scripts) == [f'marsclr_{o}' for o in ('atlas', 'bench', 'cluster', 'falseneg', 'fetch', 'launch', 'pack', 'pretrain', 'probe', 'reproduce', 'search')]
+def test_the_commands_are_installed():
+    assert sorted(scripts) == [f'marsclr_{o}' for o in ('atlas', 'bench', 'cluster', 'embed', 'falseneg', 'fetch', 'launch', 'pack', 'pretrain', 'probe', 'reproduce', 'search')]
 
 
 def test_the_commands_make_what_they_promise(base):
     assert json.loads((base/'yard.pack'/'pack.json').read_text())['images'] == 64
-    assert {o.name for o in (base/'run').iterdir()} - {'checkpoint-before.pt', '.lock'} == {'config.json', 'log.csv', 'checkpoint.pt', 'encoder.safetensors'}
+    assert {o.name for o in (base/'run').iterdir()} - {'checkpoint-before.pt', '.lock'} == {'config.json', 'images.csv', 'log.csv', 'checkpoint.pt', 'encoder.safetensors'}
     made = {f'yard.texture.{suffix}' for suffix in ('csv', 'npz', 'png', 'run')}
     assert {o.name for o in base.glob('yard.texture.*')} == made
     assert {o.name for o in (base/'yard.texture.run').iterdir()} - {'checkpoint-before.pt', '.lock'} == {'config.json', 'log.csv', 'checkpoint.pt', 'texture.safetensors', 'clusters.npz'}

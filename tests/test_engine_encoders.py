@@ -4,14 +4,16 @@ import difflib, os, re
 from pathlib import Path
 import numpy as np, timm, torch
 from fastai.torch_core import default_device
-from fastprogress import progress_bar
 from torch import nn
 from marsclr.engine.files import MarsclrError, atomic_write, one_line
 from marsclr.engine.packing import Pack
 from marsclr.engine.processes import gather_parts, my_rows, rank
+from marsclr.engine.progress import progress_bar
+from marsclr.engine.sizes import features_size
 from marsclr.engine.small_maps import small_maps_by_matrix
 from marsclr.engine.views import resized_views
-from marsclr.engine.weights import backbone_of, init_file, input_stats, load_init
+from marsclr.engine.weights import backbone_of, init_file, input_stats, load_init, size_told, timm_options_of
+from marsclr.engine.sizes import check_size
 from marsclr.engine.stages import Stages
 from marsclr.engine.weights import describe_init, load_weights, save_encoder
 import importlib.util, tempfile, time
@@ -31,6 +33,8 @@ def test_a_backbone_by_its_timm_name():
     test_eq(encoder(images).shape, (4, 512))
     with expect_fail(MarsclrError, "knows no model 'resnet-18'; near to it: resnet18"):
         create_encoder('resnet-18')
+    with expect_fail(MarsclrError, "is not read here: give 'resnet18.a1_in1k', and its weights as"):
+        create_encoder('timm/resnet18.a1_in1k')
 
     def millions(name): return sum(p.numel() for p in create_encoder(name).parameters())/1e6
     sizes = pd.Series({name: millions(name) for name in ('resnet18', 'resnet34', 'resnet50')})
@@ -125,6 +129,7 @@ def test_features_of_whole_images():
     interrupted = replaced.object(Pack, '__getitem__', side_effect=KeyboardInterrupt)
     with interrupted, expect_fail(KeyboardInterrupt): encode(encoder, pack, device='cpu')
     assert encoder.training
+    test_eq(encode(create_encoder('vit_tiny_patch16_224'), pack, device='cpu').shape, (10, 192))
     with expect_fail(MarsclrError, "device 'abacus' cannot be used here"):
         encode(encoder, pack, device='abacus')
 

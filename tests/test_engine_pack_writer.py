@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 import numpy as np, pandas as pd
 from fastcore.basics import patch
-from fastprogress import progress_bar
 from marsclr.engine.files import MarsclrError, check_new, check_writable, explain_interruption
 from marsclr.engine.files import file_lock, missing_parents, remove_empty, sync_to_disk
+from marsclr.engine.progress import progress_bar
 from marsclr.engine.reading import read_pieces
 import tempfile
 from contextlib import closing

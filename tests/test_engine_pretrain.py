@@ -8,7 +8,7 @@ from unittest.mock import patch
 import pandas as pd, torch
 from fastcore.test import *
 from marsclr.archives.marsyard import write_marsyard
-from marsclr.datasets import msl
+from marsclr.datasets import image_folder, msl
 from marsclr.engine.checkpoints import load_checkpoint
 from marsclr.engine.clusters import feature_clusters, pixel_features
 from marsclr.engine.encoders import fast_bf16, load_encoder
@@ -33,7 +33,8 @@ def test_several_processes():
     done = subprocess.run([*launch, f'{tmp}/pack', f'{tmp}/run', *small.split()],
                           env={**os.environ, 'OMP_NUM_THREADS': '1'}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    files = ['.lock', 'checkpoint.pt', 'config.json', 'encoder.safetensors', 'log.csv']
+    files = ['.lock', 'checkpoint.pt', 'config.json', 'encoder.safetensors', 'images.csv',
+             'log.csv']
     test_eq(sorted(path.name for path in (tmp/'run').iterdir()), files)
     pd.read_csv(tmp/'run/log.csv')
 
@@ -59,6 +60,25 @@ def test_the_identity_of_a_run():
     with expect_fail(MarsclrError, f'precision is {config["precision"]!r} there, {other!r} here'):
         pretrain(f'{tmp}/pack', f'{tmp}/two', precision=other, **settings)
     pd.Series(config).to_frame('config.json')
+
+    one = pretrain(f'{tmp}/pack', f'{tmp}/one', **settings | dict(epochs=1))
+    longer = pretrain(f'{tmp}/pack', f'{tmp}/one', **settings)
+    for a,b in zip(*(load_encoder(run).state_dict().values() for run in (longer, tmp/'two'))):
+        test_eq(a, b)
+    with expect_fail(MarsclrError, 'epochs is 2 there, 1 here'):
+        pretrain(f'{tmp}/pack', f'{tmp}/one', **settings | dict(epochs=1))
+    more = pack_archive(msl(write_marsyard(tmp/'yard2', n=160, size=64)), tmp/'pack2', size=64)
+    with expect_fail(MarsclrError, ' new, such as images/'):
+        pretrain(f'{tmp}/pack2', f'{tmp}/one', **settings)
+
+    renamed = pack_archive(image_folder(shutil.copytree(tmp/'yard', tmp/'elsewhere')), tmp/'renamed',
+                           size=64)
+    test_eq((renamed.name, renamed.fingerprint != pack.fingerprint), ('elsewhere', True))
+    pretrain(f'{tmp}/renamed', f'{tmp}/first', **settings | dict(epochs=1))
+    shutil.move(tmp/'elsewhere', tmp/'moved')
+    pack_archive(image_folder(tmp/'moved'), tmp/'again', size=64)
+    test_stdout(lambda: pretrain(f'{tmp}/again', f'{tmp}/first', **settings | dict(epochs=1)),
+                f'{tmp}/first is finished')
 
     given = feature_clusters(pixel_features(pack), pack, 12)
     given.save(tmp/'given.npz')

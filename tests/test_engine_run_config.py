@@ -2,20 +2,21 @@
 # A function is a section of the notebook. They run in order: a name that another section uses too is global.
 import math
 from pathlib import Path
-import torch
+import pandas as pd, torch
 from fastai.learner import Learner
 from fastai.vision.core import imagenet_stats
 from marsclr import __version__
-from marsclr.engine.encoders import ContrastiveModel, check_size, create_encoder, fast_bf16
-from marsclr.engine.encoders import pick_device, projection_head, width
-from marsclr.engine.files import MarsclrError
+from marsclr.engine.encoders import ContrastiveModel, check_name, create_encoder, fast_bf16, pick_device, projection_head, width
+from marsclr.engine.files import MarsclrError, atomic_write
+from marsclr.engine.health import Health, describe_copies, describe_health
 from marsclr.engine.learner import unwrap_model
 from marsclr.engine.packing import Pack
-from marsclr.engine.processes import rank
+from marsclr.engine.processes import on_first_rank, rank
 from marsclr.engine.runs import open_run, show_progress
-from marsclr.engine.weights import backbone_of, check_savable, describe_init, input_stats
-from marsclr.engine.weights import save_encoder
-import pandas as pd
+from marsclr.engine.sizes import check_size, size_options, timm_line
+from marsclr.engine.stages import why_no_stages
+from marsclr.engine.weights import backbone_of, check_savable, describe_init, input_stats, save_encoder, timm_options_of
+import shutil, tempfile
 from fastcore.test import *
 from marsclr.engine.run_config import *
 
@@ -37,6 +38,7 @@ def test_what_no_run_can_have():
     refused("--precision 'half' is not known: choose from auto bf16 fp32", precision='half')
     refused('--lr -1: give at least 0', lr=-1)
     refused('--layer_decay 0: give more than 0', layer_decay=0)
+    refused('--blur 2: give a probability, 0 to 1', blur=2)
     refused('--seed 9223372036854775808: give a number below', seed=2**63)
 
     check_trainable(good)
@@ -59,7 +61,7 @@ def test_what_no_run_can_have():
 
 
 def test_what_is_written_down():
-    global config
+    global ThreeImages, config, settings
     class ThreeImages:
         name,fingerprint = 'three','f00'
         def __len__(self): return 3
@@ -67,7 +69,7 @@ def test_what_is_written_down():
     settings = {k: v for k,v in good.items() if k != 'save_every'}
     config = make_config(settings, ThreeImages())
     test_eq(list(config)[:len(settings)], list(settings))
-    more = 'positives pack images pack_fingerprint clusters clusters_fingerprint marsclr'
+    more = 'positives timm_options pack images pack_fingerprint clusters clusters_fingerprint marsclr'
     test_eq(list(config)[len(settings):], more.split())
     test_eq((config['backbone'], config['init']), ('resnet50', 'random weights'))
     test_eq((config['pack'], config['images'], config['clusters']), ('three', 3, ''))
@@ -88,3 +90,20 @@ def test_from_the_configuration_to_a_finished_run():
     test_eq(models[0](torch.zeros(2, 3, 32, 32)).shape, (2, 16))
     with expect_fail(MarsclrError, 'give another --image_size, or another backbone'):
         build_model(small | dict(backbone='vit_tiny_patch16_224'))
+    vit = make_config(settings | dict(backbone='vit_tiny_patch16_224', image_size=32), ThreeImages())
+    test_eq(vit['timm_options'], dict(dynamic_img_size=True))
+    test_eq(build_model(vit)(torch.zeros(2, 3, 32, 32)).shape, (2, 128))
+    with expect_fail(MarsclrError, "knows no model 'resnet-18'; near to it: resnet18"):
+        make_config(settings | dict(backbone='resnet-18'), ThreeImages())
+
+    class SomeImages:
+        def __init__(self, *paths):
+            self.table = pd.DataFrame(dict(path=paths, sha256=[f'hash of {path}' for path in paths]))
+
+    run = Path(tempfile.mkdtemp())
+    check_same_images(run, SomeImages('a.jpg')) # a run of which nothing is known
+    write_images(run, SomeImages('a.jpg', '"b, c".jpg'))
+    check_same_images(run, SomeImages('a.jpg', '"b, c".jpg'))
+    with expect_fail(MarsclrError, '(2 new, such as d.jpg, 1 gone, such as a.jpg)'):
+        check_same_images(run, SomeImages('"b, c".jpg', 'd.jpg', 'e.jpg'))
+    shutil.rmtree(run)

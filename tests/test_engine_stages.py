@@ -2,7 +2,7 @@
 # A function is a section of the notebook. They run in order: a name that another section uses too is global.
 import torch
 from torch import nn
-from marsclr.engine.files import MarsclrError
+from marsclr.engine.files import MarsclrError, one_line
 from fastcore.test import *
 from marsclr.engine.encoders import create_encoder
 from marsclr.engine.stages import *
@@ -36,7 +36,13 @@ def test_the_stages_as_one_encoder():
     with expect_fail(MarsclrError, "stage 'layer9' is not known: choose from act1 layer1"):
         Stages(encoder, ['layer9'])
     with expect_fail(MarsclrError, 'Sequential cannot be taken apart'): Stages(nn.Sequential())
+    with expect_fail(MarsclrError, 'CrossVit cannot be taken apart into stages'):
+        Stages(create_encoder('crossvit_9_240'))
     for d in random_directions([64, 10], 48): test_close(d.T @ d, torch.eye(d.shape[1]), eps=1e-5)
+
+    test_eq(why_no_stages(encoder, 64), '')
+    assert 'CrossVit cannot' in why_no_stages(create_encoder('crossvit_9_240'), 240)
+    test_eq(Stages(create_encoder('vit_tiny_patch16_224')).num_features, 4*(2*192 + 48*49//2))
 
     with torch.no_grad(): test_close(plain(images)[:, -1024:-512], encoder(images), eps=1e-4)
     usual = encoder.num_features

@@ -71,6 +71,8 @@ def test_where_weights_come_from():
     with expect_fail(MarsclrError, 'of tf_efficientnet_lite0, not of resnet18: leave the backbone out'):
         backbone_of('imagenet', 'resnet18')
 
+    test_eq((timm_options_of('random'), size_told('imagenet')), ({}, 0))
+
     class Crafted:
         "Pickled, it makes a folder where it is loaded carelessly"
         def __reduce__(self): return os.mkdir, ('ran',)

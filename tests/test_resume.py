@@ -27,7 +27,7 @@ from marsclr.engine.runs import load_checkpoint, open_run
 
 SMALL = '--backbone test_resnet --image_size 32 --batch_size 16 --epochs 30 --save_every 1 --device cpu'.split()  # 120 steps
 LAUNCH = [sys.executable, '-c', 'from marsclr.engine.processes import marsclr_launch; marsclr_launch()', '--cpu', '--num_processes', '2', '-m', 'marsclr.pretrain']
-KEPT = {'.lock', 'config.json', 'log.csv', 'checkpoint.pt', 'checkpoint-before.pt', 'encoder.safetensors'}
+KEPT = {'.lock', 'config.json', 'images.csv', 'log.csv', 'checkpoint.pt', 'checkpoint-before.pt', 'encoder.safetensors'}
 
 
 def start(pack, run): return Script(['marsclr_pretrain', pack, run, *SMALL], run.parent/'out')

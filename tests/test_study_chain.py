@@ -15,7 +15,7 @@ from marsclr.engine.encoders import create_encoder, encode, load_encoder
 from marsclr.diagnosis import judge, references
 from marsclr.study.homogeneity import curve, curve_figure, gains, leaves_pack, yard_pack
 from marsclr.linear_evaluation import probe
-from marsclr.atlas import draw_maps, is_map_of
+from marsclr.study.maps import draw_maps, is_map_of
 from marsclr.archives.marsyard import write_marsyard
 from marsclr.study.methods import Lab, recipe_of
 from marsclr.engine.packing import Pack, load_pack, pack_archive

@@ -14,7 +14,7 @@ from heapq import nsmallest
 from pathlib import Path
 
 import pandas as pd
-from fastprogress import progress_bar
+from ..engine.progress import progress_bar
 from .downloads import Part, check_image, digest, exclusive_folder, get_file
 from .feeds import Feed, feeds, image_path, latest_sol, list_sol, to_rows
 from .fetcher import Fault, Fetcher

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 import pandas as pd
-from fastprogress import progress_bar
+from ..engine.progress import progress_bar
 from PIL import Image
 from torchvision.datasets.folder import find_classes
 from .downloads import Part, check_digest, check_image, digest

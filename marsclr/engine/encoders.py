@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['create_encoder', 'check_name', 'width', 'projection_head', 'ContrastiveModel', 'load_encoder', 'pick_device',
-           'fast_bf16', 'check_size', 'encode', 'encode_to']
+           'fast_bf16', 'feature_batches', 'encode', 'encode_to']
 
 # %% ../../nbs/engine/encoders.ipynb #fe9cfe84
 import difflib, os, re
@@ -12,17 +12,20 @@ from pathlib import Path
 
 import numpy as np, timm, torch
 from fastai.torch_core import default_device
-from fastprogress import progress_bar
 from torch import nn
 from .files import MarsclrError, atomic_write, one_line
 from .packing import Pack
 from .processes import gather_parts, my_rows, rank
+from .progress import progress_bar
+from .sizes import features_size
 from .small_maps import small_maps_by_matrix
 from .views import resized_views
-from .weights import backbone_of, init_file, input_stats, load_init
+from .weights import (backbone_of, init_file, input_stats, load_init, size_told,
+                                    timm_options_of)
 
 # %% ../../nbs/engine/encoders.ipynb #d0249960
 # defined in other notebooks, and imported from here by some
+from .sizes import check_size
 from .stages import Stages
 from .weights import describe_init, load_weights, save_encoder
 
@@ -35,10 +38,11 @@ def create_encoder(
     "A timm backbone without its classifier"
     name = backbone_of(init, name)
     check_name(name)
-    try: encoder = timm.create_model(name, num_classes=0, **kwargs)
+    try: encoder = timm.create_model(name, num_classes=0, **(timm_options_of(init) | kwargs))
     except (OSError, RuntimeError) as e:
         raise MarsclrError(f'timm cannot make {name!r} ({one_line(e)})') from e
     encoder = small_maps_by_matrix(encoder)
+    encoder.trained_at = size_told(init)
     return encoder if init == 'random' else load_init(encoder, init)
 
 def check_name(
@@ -46,6 +50,10 @@ def check_name(
 ):
     "Refuse a name that timm does not know, and tell those near to it"
     if timm.is_model(name): return
+    owner,_,model = name.rpartition('/')
+    if owner and timm.is_model(model):
+        raise MarsclrError(f'{name!r} is a name of the Hugging Face hub, which is not read here: '
+                           f'give {model!r}, and its weights as a file (--init FILE)')
     near = difflib.get_close_matches(name, timm.list_models(), n=3)
     near = f'; near to it: {", ".join(near)}' if near else ''
     raise MarsclrError(f'timm {timm.__version__} knows no model {name!r}{near}')
@@ -117,32 +125,22 @@ def fast_bf16(
     if flags.exists() and not re.search(r'\b(amx_)?bf16\b', flags.read_text()): return False
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
-# %% ../../nbs/engine/encoders.ipynb #59a8f951
-@torch.no_grad()
-def check_size(
-    encoder:nn.Module, # images to features
-    size:int,          # side of the images, pixels
-    option='--size',   # where it is set
-):
-    "Refuse a backbone that cannot take images of a size"
-    training = encoder.training
-    like = next(encoder.parameters(), torch.empty(0))
-    try: encoder.eval()(torch.zeros(1, 3, size, size, device=like.device, dtype=like.dtype))
-    except torch.cuda.OutOfMemoryError: raise
-    except (AssertionError, RuntimeError) as e:
-        raise MarsclrError(f'the backbone cannot take images of {size} px ({one_line(e)}): '
-                           f'give another {option}, or another backbone') from e
-    finally: encoder.train(training)
-
 # %% ../../nbs/engine/encoders.ipynb #3aba2910
-def _feature_batches(encoder, pack, rows, size, bs, device, progress, mirrored=False):
+def feature_batches(
+    encoder:nn.Module,
+    pack:Pack,
+    rows, # (M,) row numbers
+    size:int=None, bs:int=64, device=None, progress=False, mirrored=False, # as in `encode`
+): # yields (B, width) float32 on the CPU
     "Features of some rows, a batch at a time"
+    device = pick_device(device)
     training = encoder.training
     fast = fast_bf16(device)
     stats = input_stats(encoder)
     encoder.to(device, memory_format=torch.channels_last).eval()
     try:
-        check_size(encoder, size or pack.size)
+        if size: check_size(encoder, size)
+        size = size or features_size(encoder, pack.size)
         for start in progress_bar(range(0, len(rows), bs), display=progress, leave=progress):
             images = pack[np.array(rows[start:start+bs])].to(device)
             with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=fast):
@@ -156,7 +154,7 @@ def _feature_batches(encoder, pack, rows, size, bs, device, progress, mirrored=F
 def encode(
     encoder:nn.Module, # images to features
     pack:Pack,         # what to encode
-    size:int=None,     # side of the images, that of the pack by default
+    size:int=None,     # side of the images; by default the pack's, if the encoder takes it
     bs:int=64,         # images at a time
     device=None,       # as `pick_device` takes it
     progress=False,    # show a progress bar
@@ -166,7 +164,7 @@ def encode(
     device = pick_device(device)
     rows = my_rows(len(pack)) or range(1)
     shown = progress and rank() == 0
-    parts = _feature_batches(encoder, pack, rows, size, bs, device, shown, mirrored)
+    parts = feature_batches(encoder, pack, rows, size, bs, device, shown, mirrored)
     return gather_parts(torch.cat(list(parts)), len(pack), device)
 
 # %% ../../nbs/engine/encoders.ipynb #41ea7432
@@ -177,12 +175,11 @@ def encode_to(
     size:int=None, bs:int=64, device=None, progress=False, # as in `encode`
 ) -> np.ndarray: # (N, width) float32, memory-mapped
     "Features straight into a file, for packs whose features do not fit into memory; in one process"
-    device = pick_device(device)
     rows = range(len(pack))
     with atomic_write(path) as p:
         out = np.lib.format.open_memmap(p, 'w+', np.float32, (len(pack), width(encoder)))
         done = 0
-        for features in _feature_batches(encoder, pack, rows, size, bs, device, progress):
+        for features in feature_batches(encoder, pack, rows, size, bs, device, progress):
             out[done:done+len(features)] = features
             done += len(features)
         out.flush()

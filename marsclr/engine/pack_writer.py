@@ -15,9 +15,9 @@ from pathlib import Path
 
 import numpy as np, pandas as pd
 from fastcore.basics import patch
-from fastprogress import progress_bar
 from .files import MarsclrError, check_new, check_writable, explain_interruption
 from .files import file_lock, missing_parents, remove_empty, sync_to_disk
+from .progress import progress_bar
 from .reading import read_pieces
 
 # %% ../../nbs/engine/pack_writer.ipynb #25888474

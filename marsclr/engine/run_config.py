@@ -4,25 +4,28 @@
 
 # %% auto #0
 __all__ = ['choices', 'least', 'check_settings', 'check_trainable', 'check_refresh', 'make_config', 'unnamed_settings',
-           'build_model', 'train_in_folder']
+           'build_model', 'check_same_images', 'write_images', 'train_in_folder']
 
 # %% ../../nbs/engine/run_config.ipynb #57702d1d
 import math
 from pathlib import Path
 
-import torch
+import pandas as pd, torch
 from fastai.learner import Learner
 from fastai.vision.core import imagenet_stats
 from .. import __version__
-from .encoders import ContrastiveModel, check_size, create_encoder, fast_bf16
-from .encoders import pick_device, projection_head, width
-from .files import MarsclrError
+from .encoders import (ContrastiveModel, check_name, create_encoder, fast_bf16,
+                                     pick_device, projection_head, width)
+from .files import MarsclrError, atomic_write
+from .health import Health, describe_copies, describe_health
 from .learner import unwrap_model
 from .packing import Pack
-from .processes import rank
+from .processes import on_first_rank, rank
 from .runs import open_run, show_progress
-from .weights import backbone_of, check_savable, describe_init, input_stats
-from .weights import save_encoder
+from .sizes import check_size, size_options, timm_line
+from .stages import why_no_stages
+from .weights import (backbone_of, check_savable, describe_init, input_stats,
+                                    save_encoder, timm_options_of)
 
 # %% ../../nbs/engine/run_config.ipynb #367617e8
 choices = dict(optimizer=('adam', 'adamw'), schedule=('constant', 'cosine'),
@@ -45,6 +48,9 @@ def check_settings(
     if not 0 < settings['layer_decay'] <= 1:
         wrong = f"--layer_decay {settings['layer_decay']:g}"
         raise MarsclrError(f'{wrong}: give more than 0, and at most 1')
+    for k in ('upside_down', 'blur'):
+        if not 0 <= settings.get(k, 0) <= 1:
+            raise MarsclrError(f'--{k} {settings[k]:g}: give a probability, 0 to 1')
     if settings['seed'] >= 2**63:
         raise MarsclrError(f"--seed {settings['seed']}: give a number below 2**63")
 
@@ -89,10 +95,14 @@ def make_config(
                    init=describe_init(settings['init']))
     if settings['precision'] == 'auto':
         decided['precision'] = 'bf16' if fast_bf16(pick_device(device)) else 'fp32'
+    check_name(decided['backbone'])
+    options = timm_options_of(settings['init'])
+    options = options or size_options(decided['backbone'], settings['image_size'])
     data = dict(pack=pack.name, images=len(pack), pack_fingerprint=pack.fingerprint,
                 clusters=groups.source if groups else '',
                 clusters_fingerprint=groups.fingerprint if groups else '')
-    return settings | decided | dict(positives=positives) | data | dict(marsclr=__version__)
+    decided |= dict(positives=positives, timm_options=options)
+    return settings | decided | data | dict(marsclr=__version__)
 
 # %% ../../nbs/engine/run_config.ipynb #e069806f
 def unnamed_settings(
@@ -100,6 +110,7 @@ def unnamed_settings(
 ) -> dict:
     "Settings that older runs do not name, and what they had"
     return dict(
+        timm_options={}, upside_down=0., quarter_turns=False, blur=0.,
         init='random weights', normalisation=list(map(list, imagenet_stats)), layer_decay=1.,
         frozen_norm=False, positives='cluster' if loss == 'attraction' else 'view')
 
@@ -110,11 +121,47 @@ def build_model(
 ) -> ContrastiveModel:
     "The encoder and the head of a configuration, with their first weights"
     torch.manual_seed(config['seed'])
-    encoder = create_encoder(config['backbone'], init)
+    options = config.get('timm_options', {})
+    encoder = create_encoder(config['backbone'], init, **options)
+    encoder.trained_at = config['image_size']
     check_size(encoder, config['image_size'], '--image_size')
     head = projection_head(width(encoder), config['projection_layers'], config['projection_dim'])
-    check_savable(encoder, config['backbone'])
+    check_savable(encoder, config['backbone'], options)
+    no_stages = why_no_stages(encoder, config['image_size'])
+    if no_stages: _say(f'{no_stages}; --stages will not work')
     return ContrastiveModel(encoder, head)
+
+# %% ../../nbs/engine/run_config.ipynb #rc000062
+def check_same_images(
+    run:Path,  # a run folder, or none yet
+    pack:Pack, # what to learn from
+):
+    "Refuse images that a run has not learned from so far, and name them"
+    path = run/'images.csv'
+    if not path.is_file(): return
+    options = dict(keep_default_na=False, dtype=str, encoding_errors='surrogateescape')
+    earlier = pd.read_csv(path, **options)
+    before = set(zip(earlier.path, earlier.sha256))
+    now = set(zip(pack.table.path, pack.table.sha256))
+    new,gone = sorted(now - before),sorted(before - now)
+    if not new and not gone: return
+    raise MarsclrError(f'{run} has learned from other images ({_some(new, "new")}, '
+                       f'{_some(gone, "gone")}): go on with the pack that it began with, '
+                       f'or begin another run with its weights (--init {run})')
+
+def _some(images, what):
+    "How many, and the first of them"
+    return f'{len(images)} {what}' + f', such as {images[0][0]}'*bool(images)
+
+def write_images(
+    run:Path,  # the run folder
+    pack:Pack, # what it learns from
+):
+    "List the images of a run: path, sha256"
+    if (run/'images.csv').is_file(): return
+    table = pack.table[['path', 'sha256']]
+    with atomic_write(run/'images.csv') as p:
+        table.to_csv(p, index=False, errors='surrogateescape')
 
 # %% ../../nbs/engine/run_config.ipynb #b51fbed0
 def train_in_folder(
@@ -125,11 +172,22 @@ def train_in_folder(
     "Train until the run is finished, and save its encoder"
     normalisation = list(map(list, input_stats(learn.model)))
     config = config | dict(normalisation=normalisation)
+    pack = learn.dls.train.pack
+    on_first_rank(lambda: check_same_images(run, pack))
     unfinished = open_run(run, config, later=unnamed_settings(config['loss']))
     if not unfinished: return _say(f'{run} is finished')
+    on_first_rank(lambda: write_images(run, pack))
+    copies = describe_copies(pack.table)
+    if copies: _say(f'{pack.name}: {copies}')
     if config['init'] != 'random weights': _say(f"{run} begins with {config['init']}")
+    learn.add_cb(Health())
     show_progress(learn).fit(config['epochs'])
-    if rank() == 0: save_encoder(unwrap_model(learn.model).encoder, run/'encoder.safetensors')
+    weights = run/'encoder.safetensors'
+    if rank() == 0: save_encoder(unwrap_model(learn.model).encoder, weights)
+    health = describe_health(run) if rank() == 0 else ''
+    if health: _say(f'{run}: {health}')
+    if config['timm_options']:
+        _say(f"in plain timm: {timm_line(config['backbone'], config['timm_options'], weights)}")
 
 def _say(line):
     if rank() == 0: print(line, flush=True)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['unreadable', 'input_stats', 'save_encoder', 'encoder_bytes', 'check_savable', 'read_weights', 'load_weights',
-           'init_file', 'describe_init', 'backbone_of', 'load_init']
+           'init_file', 'describe_init', 'backbone_of', 'timm_options_of', 'size_told', 'load_init']
 
 # %% ../../nbs/engine/weights.ipynb #099e340c
 import hashlib, importlib.util, json, pickle, struct
@@ -55,10 +55,12 @@ def encoder_bytes(
 def check_savable(
     encoder:nn.Module, # what `create_encoder` made
     name:str,          # its timm name
+    options={},        # of `timm.create_model`, that it was made with
 ):
     "Refuse a backbone whose weights cannot be saved, or not be loaded in plain timm"
     try:
-        with torch.random.fork_rng(devices=[]): plain = timm.create_model(name, num_classes=0)
+        with torch.random.fork_rng(devices=[]):
+            plain = timm.create_model(name, num_classes=0, **options)
         plain.load_state_dict(load(encoder_bytes(encoder)))
     except (RuntimeError, ValueError, SafetensorError) as e:
         why = one_line(e)
@@ -165,8 +167,26 @@ def backbone_of(
 
 def _backbone_told(init):
     if init == 'imagenet': return 'tf_efficientnet_lite0'
+    path = init_file(init)
     if not Path(init).is_dir(): return ''
-    return read_json(init_file(init).parent/'config.json', 'backbone')['backbone']
+    return read_json(path.parent/'config.json', 'backbone')['backbone']
+
+# %% ../../nbs/engine/weights.ipynb #wt000042
+def timm_options_of(
+    init, # as `create_encoder` takes it
+) -> dict:
+    "The options of `timm.create_model` that the weights of a run were trained with"
+    return _config_of(init).get('timm_options', {})
+
+def size_told(
+    init, # as `create_encoder` takes it
+) -> int: # 0 where none is told
+    "Side of the images that the weights of a run were trained with, pixels"
+    return _config_of(init).get('image_size', 0)
+
+def _config_of(init):
+    if init in ('random', 'imagenet') or not Path(init).is_dir(): return {}
+    return read_json(init_file(init).parent/'config.json')
 
 # %% ../../nbs/engine/weights.ipynb #f4d99431
 def load_init(
