@@ -9,7 +9,7 @@ from sklearn.manifold import TSNE
 from sklearn.neighbors import NearestNeighbors
 from threadpoolctl import threadpool_limits
 from marsclr.archives.downloads import digest
-from marsclr.engine.atlas_page import page, page_data, parquet_table, readable, serve_words, thumbnails
+from marsclr.engine.atlas_page import most_on_page, readable, serve_words, thumbnails, write_views
 from marsclr.engine.clusters import capture_clusters, feature_clusters
 from marsclr.engine.commands import command
 from marsclr.engine.encoders import create_encoder, encode, load_encoder, pick_device
@@ -32,28 +32,32 @@ def test_the_nearest_neighbours_of_an_image():
     global features, tmp, truth, yard
     tmp = Path(tempfile.mkdtemp())
     yard = pack_archive(msl(write_marsyard(tmp/'yard', n=300, size=48, seed=1)), tmp/'yard.pack', 48)
-    rows = yard[np.arange(100)].reshape(5, 20, 48, 48, 3)
-    fig,ax = plt.subplots(figsize=(7, 1.8), dpi=70)
-    ax.imshow(rows.permute(0, 2, 1, 3, 4).reshape(240, 960, 3))
-    ax.set_axis_off()
+
+    def show_images(images, across):
+        "Images side by side, some in each row"
+        side = images.shape[1]
+        rows = images.reshape(-1, across, side, side, 3).permute(0, 2, 1, 3, 4)
+        fig,ax = plt.subplots(figsize=(.36*across, .36*len(rows)), dpi=70)
+        ax.imshow(rows.reshape(len(rows)*side, across*side, 3))
+        ax.set_axis_off()
+
+    show_images(yard[np.arange(100)], 20)
+
+    test_close(unit_rows([[3, 4], [0, 9]]), [[.6, .8], [0, 1]], eps=1e-6)
 
     corners = [[1, 0], [0, 5], [-1, -1]]
     similarity,order = nearest(corners, [[4, 3]], 3)
     test_close(similarity, [[.8, .6, -1.4/2**.5]], eps=1e-6)
     test_eq(order.tolist(), [[0, 1, 2]])
-    test_close(np.linalg.norm(unit_rows(corners), axis=1), [1, 1, 1], eps=1e-6)
 
     torch.manual_seed(42)
     features = encode(create_encoder('resnet10t'), yard, device='cpu')
     queries = [0, 60, 170, 250]
-    similarity,found = nearest(features, features[queries], 7)
+    found = nearest(features, features[queries], 7)[1]
     test_eq(found[:,0].tolist(), queries)
-    pictures = yard[found.flatten()].reshape(4, 7, 48, 48, 3)
-    fig,ax = plt.subplots(figsize=(4.2, 2.4), dpi=70)
-    ax.imshow(pictures.permute(0, 2, 1, 3, 4).reshape(192, 336, 3))
-    ax.set_axis_off()
+    show_images(yard[found.flatten()], 7)
 
-    _,near = neighbours(features, 6)
+    near = neighbours(features, 6)[1]
     test_eq(near.shape, (300, 6))
     assert not (near == np.arange(300)[:,None]).any()
     same = neighbours(torch.ones(4, 2), 2)[1]
@@ -125,10 +129,14 @@ def test_the_map_as_a_table():
 
 
 def test_from_the_map_to_labels():
-    test_eq(spread_labels([[1, 0], [0, 1], [1, .1]], [0, 1], ['sand', 'rock']), ['sand', 'rock', 'sand'])
+    spread = spread_labels([[1, 0], [0, 1], [1, .1]], [0, 1], ['sand', 'rock'])
+    test_eq(spread, ['sand', 'rock', 'sand'])
+    some = np.arange(0, 300, 30)
+    test_eq(spread_labels(features, some, truth[some])[some], truth[some])
+
     suggested = suggest(features, yard, 30)
     test_eq(len(set(suggested)), 30)
-    test_eq(spread_labels(features, suggested, truth[suggested])[suggested], truth[suggested])
+    test_eq(suggest(features, yard, 300), np.arange(300))
 
     def share_right(rows):
         "Of the images that were not labeled by hand, the share that gets its true class"

@@ -4,7 +4,7 @@ import hashlib, zipfile
 from dataclasses import dataclass
 import faiss, numpy as np, pandas as pd, torch, torch.nn.functional as F
 from sklearn.decomposition import PCA
-from marsclr.engine.views import resample
+from marsclr.engine.resampling import resample
 from marsclr.engine.files import MarsclrError, atomic_write
 from marsclr.engine.packing import Pack
 import shutil, tempfile

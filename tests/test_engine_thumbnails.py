@@ -82,7 +82,8 @@ def test_the_figure():
 
 def test_what_a_search_has_found():
     fig = found_figure(yard, [3, 1, 4, 1, 5, 9], [1, .9, .8, .7, .6, .5])
-    test_eq([ax.get_title() for ax in fig.axes[:6]], ['1.00', '0.90', '0.80', '0.70', '0.60', '0.50'])
+    titles = [ax.get_title() for ax in fig.axes]
+    test_eq(titles[:6], ['1.000', '0.900', '0.800', '0.700', '0.600', '0.500'])
     test_eq(len(fig.axes), 10)
     test_eq(fig.axes[0].images[0].get_array().data.shape, (48, 48, 3));
 

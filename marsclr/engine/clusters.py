@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import faiss, numpy as np, pandas as pd, torch, torch.nn.functional as F
 from sklearn.decomposition import PCA
-from .views import resample
+from .resampling import resample
 from .files import MarsclrError, atomic_write
 from .packing import Pack
 

@@ -73,7 +73,7 @@ def cluster_colours(
     value = np.where(i%3, .9, .6)
     return (hsv_to_rgb(np.stack([hue, saturation, value], 1))*255).astype(np.uint8)
 
-# %% ../../nbs/engine/thumbnails.ipynb #thum0015
+# %% ../../nbs/engine/thumbnails.ipynb #thum0016
 def mosaic(
     pack:Pack,
     places:pd.DataFrame, # row and column by image
@@ -99,7 +99,7 @@ def shrink(
     small = F.interpolate(image.permute(2, 0, 1)[None].float(), size=px, mode='area')
     return small[0].permute(1, 2, 0).round().byte().numpy()
 
-# %% ../../nbs/engine/thumbnails.ipynb #thum0019
+# %% ../../nbs/engine/thumbnails.ipynb #thum001b
 def map_figure(
     table:pd.DataFrame, # x, y, cluster and distance of each image of the pack
     pack:Pack,
@@ -121,7 +121,7 @@ def map_figure(
         _number_row(ax, cluster, *below.loc[image])
     return fig
 
-# %% ../../nbs/engine/thumbnails.ipynb #thum001a
+# %% ../../nbs/engine/thumbnails.ipynb #thum001d
 def _canvas_figure(canvas, px, dpi):
     "A figure of one picture, whose unit is a thumbnail"
     height,width = canvas.shape[:2]
@@ -141,7 +141,7 @@ def _number_row(ax, cluster, row, col):
     "The number of a cluster before its images in the strip"
     ax.text(col-.1, row+.5, cluster, ha='right', va='center', **_bold)
 
-# %% ../../nbs/engine/thumbnails.ipynb #thum001e
+# %% ../../nbs/engine/thumbnails.ipynb #thum0022
 def found_figure(
     pack:Pack,
     rows,       # (n,) the images found
@@ -154,5 +154,5 @@ def found_figure(
     for ax in axs.flat: ax.set_axis_off()
     for ax,row,s in zip(axs.flat, rows, similarity):
         ax.imshow(pack[int(row)])
-        ax.set_title(f'{s:.2f}', size=8)
+        ax.set_title(f'{s:.3f}', size=8)
     return fig
