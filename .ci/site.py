@@ -27,8 +27,10 @@ from notebook_tests import code, code_cells
 
 ROOT = Path(__file__).resolve().parent.parent
 SITE = ROOT/'_proc'/'_docs'
-PAGES = ['index', '01_datasets', '03_losses', '04_training', '12_reproduction']
-DESCRIBED = ['index']  # pages whose figures all have alternative text (`#| fig-alt: ...` in the cell that draws)
+LESSONS = ['01_datasets', '02_augmentations', '03_losses', '04_training', '05_linear_evaluation', '06_clustering', '07_texture',
+           '08_false_negatives', '09_diagnosis', '10_distributed']
+PAGES = ['index', *LESSONS, '12_reproduction']
+DESCRIBED = ['index', *LESSONS]  # pages whose figures all have alternative text (`#| fig-alt: ...` in the cell that draws)
 WIDTHS = [1280, 400]  # CSS pixels: a laptop, a telephone
 IMPORTS = (ast.Import, ast.ImportFrom)
 

@@ -28,21 +28,26 @@ from .texture import texture_clusters
 # %% ../nbs/06_clustering.ipynb #de8123d0
 def _largest(sizes, n): return np.argsort(-sizes, kind='stable')[:n]
 
+def _central_first(clusters, c):
+    "The images of a cluster, by their distance from its centre"
+    members = np.flatnonzero(clusters.ids == c)
+    return members[np.argsort(clusters.distances[members], kind='stable')]
+
+# %% ../nbs/06_clustering.ipynb #91a505c7
 def show_clusters(
     clusters:Clusters, # of the pack
     pack:Pack,         # to show
     which=6,           # cluster ids, or how many: the largest first
     n:int=5,           # central images of each, and as many marginal ones
 ):
-    "One row a cluster: its most central and its most marginal images"
+    "A row for each cluster: its most central and its most marginal images"
     sizes = np.bincount(clusters.ids)
     shown = _largest(sizes, which) if isinstance(which, int) else which
     fig,axs = plt.subplots(len(shown), 2*n, figsize=(1.6*n, len(shown)*.95), dpi=70,
                            squeeze=False, layout='constrained')
     for ax in axs.flat: ax.set_axis_off()
     for c,row in zip(shown, axs):
-        members = np.flatnonzero(clusters.ids == c)
-        members = members[np.argsort(clusters.distances[members], kind='stable')]
+        members = _central_first(clusters, c)
         for i,ax in zip(members[:n], row): ax.imshow(pack[int(i)])
         for i,ax in zip(members[n:][-n:], row[n:]): ax.imshow(pack[int(i)])
         row[0].set_title(f'{c}: {sizes[c]} images, central', fontsize=7, loc='left')
@@ -96,6 +101,7 @@ def stability(
     "Mean adjusted Rand index over pairs of runs"
     return float(np.mean([adjusted_rand_score(a, b) for i,a in enumerate(runs) for b in runs[:i]]))
 
+# %% ../nbs/06_clustering.ipynb #a34e61e4
 def silhouette(
     x,          # (N, D) what was clustered
     ids,        # (N,) clusters
@@ -112,7 +118,7 @@ def cluster_row(
     clusters:Clusters, # of the pack
     pack:Pack,         # with what it knows
 ) -> dict:
-    "All that can be said of a clustering: sizes, bursts, and with labels pairs and NMI"
+    "All measures of a clustering: sizes, bursts, and with labels pairs and NMI"
     sizes = np.bincount(clusters.ids)
     row = dict(clusters=clusters.k, smallest=int(sizes.min()), largest=int(sizes.max()))
     row |= burst_quality(clusters.ids, capture_clusters(pack).ids)
@@ -131,7 +137,7 @@ def k_table(
     ks=candidate_ks,
     seeds=range(42, 45), # of k-means
     progress=False, # show a progress bar
-) -> pd.DataFrame: # a row a K: silhouette and stability
+) -> pd.DataFrame: # a row for each K: silhouette and stability
     "What can be seen of each K without labels"
     rows = []
     possible = [k for k in ks if k < len(x)]
@@ -162,6 +168,7 @@ def _cluster_texture(data, to, epochs, k, run, backbone, size, seed, device):
                             init=run or 'random', backbone=backbone, seed=seed,
                             save_every=5, device=device or None)
 
+# %% ../nbs/06_clustering.ipynb #e7c3c51d
 def _encode_pack(data, run, backbone, size, seed, device):
     "Features of a trained encoder, or of one with random weights, and what to call them"
     torch.manual_seed(seed)
@@ -173,8 +180,10 @@ def _encode_pack(data, run, backbone, size, seed, device):
 # %% ../nbs/06_clustering.ipynb #c1060019
 def _cluster_vectors(data, source, bursts, k, run, backbone, size, seed, device):
     "k-means on pixels or features; with K = 0 as many clusters as three seeds agree on"
-    if source == 'pixels': x,name = pixel_features(data),source
-    else: x,name = _encode_pack(data, run, backbone, size, seed, device)
+    if source == 'features': x,name = _encode_pack(data, run, backbone, size, seed, device)
+    else:
+        x = pixel_features(data)
+        name = source
     if bursts:
         x = pool_groups(x, capture_clusters(data).ids)
         name = f'{name} + capture'
@@ -196,6 +205,7 @@ def _check_options(pack, source, bursts, to, seed):
         where = 'say with --to where their clusters are to be written'
         raise MarsclrError(f'{pack} are several packs: {where}')
 
+# %% ../nbs/06_clustering.ipynb #dfb21b13
 default_clusters = 150
 
 def _fitting(clusters, images, source):
@@ -230,7 +240,9 @@ def save_table(
     table = pd.DataFrame(dict(path=pack.table.path.to_numpy(), cluster=clusters.ids))
     with atomic_write(path) as p: table.to_csv(p, index=False, errors='surrogateescape')
 
+# %% ../nbs/06_clustering.ipynb #05a03da0
 def _write_results(found, data, to):
+    "The picture, the clusters and the table; what can be said of them is printed"
     picture = to.with_suffix('.png')
     table = to.with_suffix('.csv')
     fig = show_clusters(found, data, 12)

@@ -28,6 +28,7 @@ _grammars = [
     ('MRO', r'(?P<sequence>(?:ESP|PSP|AEB|TRA)_\d{6}_\d{4})_(?P<camera>[A-Z]+)'),
 ]
 
+# %% ../nbs/01_datasets.ipynb #bdf5a050
 def parse_name(
     name:str, # a file name
 ) -> dict: # rover, camera, sequence: '' where unknown; sol: -1; time (SCLK in s): nan
@@ -49,7 +50,7 @@ class Archive:
     "A folder of images and the table that describes them, before anything is decoded"
     name:str           # what to call it
     root:Path          # the folder that the table's paths start from
-    table:pd.DataFrame # one row an image, with `columns`
+    table:pd.DataFrame # a row for each image, with `columns`
     classes:list = field(default_factory=list) # class names by label
     left_out:str = ''  # what lies in the folder and is not in the table, in words
 
@@ -106,6 +107,7 @@ def load_square(
     image = ImageOps.fit(image.convert('RGB'), (size, size), Image.Resampling.BILINEAR)
     return np.asarray(image)
 
+# %% ../nbs/01_datasets.ipynb #a7e7d3e0
 def plain_pack(
     archive:Archive, # of N images
     to,              # the folder to make
@@ -160,6 +162,7 @@ def _parse_label(line, classes, where):
                            f'the {len(classes)} of the class map')
     return _unquoted(match[1]), int(match[2]), match[3] or ''
 
+# %% ../nbs/01_datasets.ipynb #83b62b0b
 def read_labels(
     path,    # a file with `NAME ID` or `NAME ID SPLIT` lines, or with commas or semicolons
     classes, # class names by id
@@ -202,6 +205,7 @@ def msl(
     table = make_table('images/'+labels.name, 'msl', labels.split, labels.label)
     return check_files(Archive('MSL v2.1', root, table, classes))
 
+# %% ../nbs/01_datasets.ipynb #18c3cdff
 def hirise(
     root=None, # the folder `hirise-map-proj-v3_2`, under `data_root()` by default
 ) -> Archive:
@@ -239,6 +243,7 @@ def subset(
     drawn = np.random.default_rng(seed).permutation(len(archive))[:n]
     return archive.where(np.sort(drawn))
 
+# %% ../nbs/01_datasets.ipynb #d5ba8425
 def join_classes(
     lists, # class lists of several parts, one after the other
 ) -> tuple: # all classes; by how much the labels of each part move up
@@ -262,6 +267,7 @@ def concat(
     name = ' + '.join(archive.name for archive in archives)
     return Archive(name, root, pd.concat(tables, ignore_index=True), classes)
 
+# %% ../nbs/01_datasets.ipynb #2397298e
 def _table_from(root, archive, shift):
     "An archive's table with paths that start at `root`, and labels moved up by `shift`"
     inside = Path(archive.root).absolute().relative_to(root).as_posix()

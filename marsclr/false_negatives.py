@@ -26,7 +26,12 @@ def chance_of_one_class(
     if replacement: return float((n*n).sum() / (total*total))
     return float((n*(n-1)).sum() / (total*(total-1)))
 
-# %% ../nbs/08_false_negatives.ipynb #he08000a
+# %% ../nbs/08_false_negatives.ipynb #8a2c38ca
+def _ways(x, k, replacement):
+    "In how many ways k images can be drawn out of x, one after the other"
+    return np.prod([x - i*(not replacement) for i in range(k)], axis=0)
+
+# %% ../nbs/08_false_negatives.ipynb #5b47aa33
 def spread_of_batches(
     counts,            # (C,) images of each class
     batch:int,         # B, images in a batch
@@ -34,12 +39,11 @@ def spread_of_batches(
 ) -> float: # in [0, 1]
     "The standard deviation, over batches, of the false-negative rate of the assumed negatives"
     n = np.asarray(counts, dtype=np.float64)
-    def ways(x, k): return np.prod([x - i*(not replacement) for i in range(k)], axis=0)
-    def chance(favourable, k): return favourable/ways(n.sum(), k) if batch >= k else 0
-    two = ways(n, 2)
+    def chance(ways, k): return ways/_ways(n.sum(), k, replacement) if batch >= k else 0
+    two = _ways(n, 2, replacement)
     p2 = chance(two.sum(), 2)
-    p3 = chance(ways(n, 3).sum(), 3)
-    p4 = chance(ways(n, 4).sum() + two.sum()**2 - (two**2).sum(), 4)
+    p3 = chance(_ways(n, 3, replacement).sum(), 3)
+    p4 = chance(_ways(n, 4, replacement).sum() + two.sum()**2 - (two**2).sum(), 4)
     squares = 2*p2 + 4*(batch-2)*p3 + (batch-2)*(batch-3)*p4
     variance = squares/(batch*(batch-1)) - p2**2
     return float(np.sqrt(max(variance, 0)))
@@ -64,20 +68,24 @@ def check_counts(
     of,          # definition of the rate
     replacement, # may an image come twice?
 ) -> np.ndarray: # the counts as float64
-    "Counts that a rate can be computed for"
+    "Refuse counts that no rate can be computed for"
     if of not in ('pairs', 'negatives'):
         raise MarsclrError(f'share of {of!r} is not known: choose from pairs negatives')
     n = np.asarray(counts, dtype=np.float64)
     _check_classes(n)
-    total = f'{n.sum():g} images'
-    if n.sum() >= 1e9:
+    _check_batch(n.sum(), batch, replacement)
+    return n
+
+# %% ../nbs/08_false_negatives.ipynb #19236967
+def _check_batch(images, batch, replacement):
+    total = f'{images:g} images'
+    if images >= 1e9:
         most = 'give counts that add up to less than 1e9'
         raise MarsclrError(f'{total} are more than can be simulated: {most}')
-    if n.sum() < 2: raise MarsclrError(f'{total} make no pair: give at least 2')
+    if images < 2: raise MarsclrError(f'{total} make no pair: give at least 2')
     if batch < 2: raise MarsclrError(f'a batch of {batch} images makes no pair: give at least 2')
-    if batch > n.sum() and not replacement:
+    if batch > images and not replacement:
         raise MarsclrError(f'a batch of {batch} images is larger than the data set ({total})')
-    return n
 
 # %% ../nbs/08_false_negatives.ipynb #he080030
 def _check_classes(n):
@@ -104,9 +112,18 @@ def draw_batches(
         drawn = rng.multivariate_hypergeometric(table.ravel(), batch, batches, method='marginals')
     return drawn.reshape(batches, *table.shape)
 
+# %% ../nbs/08_false_negatives.ipynb #02c01726
 def _ordered_pairs(counts):
     "Ordered pairs of images within each count, added up for each batch"
     return (counts*(counts-1)).reshape(len(counts), -1).sum(1)
+
+def _count_negatives(drawn, batch):
+    "Ordered pairs of images in each batch: false negatives, and all negatives"
+    every = np.full(len(drawn), batch*(batch-1))
+    if drawn.ndim == 2: return _ordered_pairs(drawn), every
+    within_class = _ordered_pairs(drawn.sum(2))
+    within_cluster = _ordered_pairs(drawn.sum(1))
+    return within_class - _ordered_pairs(drawn), every - within_cluster
 
 # %% ../nbs/08_false_negatives.ipynb #9a6c6758
 def simulate(
@@ -120,11 +137,7 @@ def simulate(
     "False-negative rates of batches drawn at random"
     check_counts(np.ravel(counts), batch, of, replacement)
     drawn = draw_batches(counts, batch, replacement, batches, seed)
-    negatives = np.full(batches, batch*(batch-1))
-    if drawn.ndim == 2: false = _ordered_pairs(drawn)
-    else:
-        false = _ordered_pairs(drawn.sum(2)) - _ordered_pairs(drawn)
-        negatives -= _ordered_pairs(drawn.sum(1))
+    false,negatives = _count_negatives(drawn, batch)
     if of == 'pairs': return 4*false/(2*batch*(2*batch-1))
     return np.divide(false, negatives, out=np.full(batches, np.nan), where=negatives > 0)
 
@@ -154,6 +167,7 @@ def _known_labels(source, pack):
         raise MarsclrError(f'{source} has no labels: give {kinds}')
     return label[label >= 0]
 
+# %% ../nbs/08_false_negatives.ipynb #d7567d19
 def _read_numbers(source, words):
     "The last number of each word or line that is not empty"
     try: numbers = [int(word.split()[-1]) for word in words if word.strip()]
@@ -195,27 +209,33 @@ def print_rates(
     counts = np.concatenate([read_counts(part) for part in sources])
     check_counts(counts, batch, 'pairs', replacement)
     table = class_by_cluster(source, clusters) if clusters else None
-    total = counts.sum()
-    classes = (counts > 0).sum()
-    largest = counts.max()/total
-    what = f'{total:.0f} images, {classes} classes, the largest with {largest:.1%}'
-    print(f'{what}; batches of {batch}')
+    print(f'{_describe(counts)}; batches of {batch}')
     for of in ('pairs', 'negatives'):
         settings = (batch, of, replacement, batches, seed)
         _print_rate(counts, *settings)
         if clusters: _print_left(table, Path(clusters).name, *settings)
 
+# %% ../nbs/08_false_negatives.ipynb #676a780c
+def _describe(counts):
+    "What a data set is made of, in words"
+    total = counts.sum()
+    classes = (counts > 0).sum()
+    return f'{total:.0f} images, {classes} classes, the largest with {counts.max()/total:.1%}'
+
 # %% ../nbs/08_false_negatives.ipynb #he080021
 _of_what = dict(pairs='all pairs of views', negatives='assumed negatives')
 
 def _print_rate(counts, batch, of, replacement, batches, seed):
+    "The rate by formula and by simulation, as one line"
     mean,sd = false_negative_rate(counts, batch, of, replacement)
     drawn = simulate(counts, batch, of, replacement, batches, seed)
     expected = f'{mean:.3%}, in a batch ± {sd:.3%}'
     simulated = f'{drawn.mean():.3%} ± {drawn.std()/batches**.5:.3%}'
     print(f'of {_of_what[of]}: {expected}; {batches} simulated batches {simulated}')
 
+# %% ../nbs/08_false_negatives.ipynb #cf5187bf
 def _print_left(table, name, batch, of, replacement, batches, seed):
+    "What clusters leave of the false negatives, as one line"
     left = simulate(table, batch, of, replacement, batches, seed)
     error = np.nanstd(left)/batches**.5
     print(f'of {_of_what[of]}, with {name}: {np.nanmean(left):.3%} ± {error:.3%} are left')

@@ -14,8 +14,7 @@ from marsclr.augmentations import *
 
 def test_one_rock():
     global images, rocks, show
-    images,table = marsyard(200, size=96, burst=1)
-    images = torch.from_numpy(images).permute(0, 3, 1, 2)
+    images = torch.from_numpy(marsyard(200, size=96, burst=1)[0]).permute(0, 3, 1, 2)
 
     def show(rows, titles=()):
         "Each row of images (3, H, W) beside each other"
@@ -34,6 +33,13 @@ def test_one_rock():
 
 def test_cut_out_a_part():
     global rng, rock
+    rng = np.random.default_rng(0)
+    sides = np.array([draw_sides(96, (.25, .5), rng) for _ in range(200)])
+    shares = sides.prod(1)/96**2
+    ratios = sides[:,1]/sides[:,0]
+    assert .24 < shares.min() and shares.max() < .51
+    assert .73 < ratios.min() and ratios.max() < 1.37
+
     rock = images[42]
     rng = np.random.default_rng(1)
     boxes = [draw_crop(96, (.08, 1), rng) for _ in range(6)]
@@ -59,6 +65,10 @@ def test_change_the_colours():
     test_close(changed[1].float(), rock/2, eps=1)
     at_random = [change_colours(rock, draw_factors(1, rng), rng.permutation(4)) for _ in range(2)]
     show([changed + at_random], [*changes, 'random', 'random'])
+
+    test_eq(draw_factors(0, rng), [1, 1, 1, 0])
+    many = np.stack([draw_factors(1, rng) for _ in range(1000)])
+    test_close(many.max(0), [1.8, 1.8, 1.8, .2], eps=.02)
 
 
 def test_a_view():

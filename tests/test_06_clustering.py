@@ -23,7 +23,7 @@ from marsclr.datasets import msl
 from marsclr.archives.marsyard import write_marsyard
 from marsclr.engine.packing import pack_archive
 from marsclr.clustering import *
-from marsclr.clustering import _check_new, _check_numbers, _check_options
+from marsclr.clustering import _central_first, _check_new, _check_numbers, _check_options, _cluster_texture, _cluster_vectors, _largest
 
 
 def test_a_guess_from_file_names():
@@ -82,9 +82,16 @@ def test_a_guess_from_features():
     found
 
 
-def test_what_a_cluster_is_worth():
+def test_look_first():
+    test_eq(_largest(np.array([3, 9, 3, 4]), 3), [1, 3, 0])
+    members = _central_first(found, 0)
+    test_eq(len(members), (found.ids == 0).sum())
+    assert (np.diff(found.distances[members]) >= 0).all()
+
     show_clusters(found, pack, 3);
 
+
+def test_what_a_cluster_is_worth():
     classes = np.array([0, 0, 1, 1])
     clusters = np.array([1, 1, 1, 2])
     kinds = {(True, True): 'caught: a false negative that is no negative any more',
@@ -160,12 +167,27 @@ def test_how_many_clusters():
 
 
 def test_from_the_command_line():
+    network = dict(run='', backbone='', size=0, seed=42, device='cpu')
+    with expect_fail(MarsclrError, 'so give their number'):
+        _cluster_texture(pack, tmp/'t.npz', epochs=1, k=0, **network)
+    with expect_fail(MarsclrError, '--epochs 0: give at least 1'):
+        _cluster_texture(pack, tmp/'t.npz', epochs=0, k=5, **network)
+
+    of_bursts = _cluster_vectors(pack, 'pixels', bursts=True, k=8, **network)
+    test_eq((of_bursts.k, of_bursts.source), (8, 'pixels + capture, K=8'))
+    first_burst = capture.ids == capture.ids[0]
+    test_eq(len(set(of_bursts.ids[first_burst])), 1)
+
     for options,message in ((('p', 'cats', False, '', 1), "source 'cats' is not known"),
                             (('p', 'pixels', False, '', -1), '--seed -1: give 0 or more'),
                             (('p', 'labels', True, '', 1), '--bursts goes with features and pixels')):
         with expect_fail(MarsclrError, message): _check_options(*options)
     with expect_fail(MarsclrError, '--size -1'): _check_numbers(5, -1, 800, 'p')
     with expect_fail(MarsclrError, 'ends in .npz'): _check_new(tmp/'found.txt')
+
+    save_table(of_bursts, pack, tmp/'table.csv')
+    test_eq(pd.read_csv(tmp/'table.csv').cluster.to_numpy(), of_bursts.ids)
+    test_eq(pd.read_csv(tmp/'table.csv').columns.tolist(), ['path', 'cluster'])
 
     marsclr_cluster([f'{tmp}/pack', '--source', 'capture', '--to', f'{tmp}/capture.npz'])
     test_eq(load_clusters(tmp/'capture.npz', pack).ids, capture.ids)

@@ -7,6 +7,7 @@ import numpy as np, torch, torch.nn.functional as F
 from fastai.data.core import DataLoaders
 from fastai.optimizer import OptimWrapper
 from fastai.vision.core import imagenet_stats
+from fastcore.basics import patch
 from torch import nn
 from marsclr import __version__
 from marsclr.engine.views import Views
@@ -20,7 +21,7 @@ from marsclr.engine.reclustering import BalancedLoader, ClusterViews, Recluster
 from marsclr.engine.runs import Autocast, RunFolder, RunLearner, open_run, show_progress
 import shutil, tempfile
 from itertools import combinations
-from unittest.mock import patch
+from unittest import mock
 import matplotlib.pyplot as plt, pandas as pd
 from fastcore.test import *
 from IPython.utils.capture import capture_output
@@ -32,7 +33,7 @@ from marsclr.datasets import msl
 from marsclr.archives.marsyard import write_marsyard
 from marsclr.engine.packing import pack_archive
 from marsclr.texture import *
-from marsclr.texture import _draw_violating, _outer
+from marsclr.texture import _check_settings, _draw_violating, _outer
 
 
 def test_counting_patterns():
@@ -104,6 +105,10 @@ def test_its_own_clusters_teach_it():
     test_eq(set(drawn), {0, 2})
     pd.Series(drawn).value_counts().rename('draws of the second pair')
 
+    test_close(squared_distances(z), (z - z.T)**2, eps=1e-6)
+    embeddings = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
+    test_close(squared_distances(embeddings), torch.cdist(embeddings, embeddings)**2, eps=1e-5)
+
     test_close(TripletLoss(.05)(z, clusters, 42), .10, eps=1e-6)
     test_eq(TripletLoss()(z, torch.zeros(4, dtype=torch.long), 42), 0)
     z = torch.randn(24, 4, dtype=torch.double, requires_grad=True)
@@ -138,6 +143,10 @@ def test_where_to_begin():
 
 def test_all_together():
     global found, kw
+    good = dict(k=12, each=4, optimizer='sgd', variant='dep')
+    _check_settings(good, 300)
+    with expect_fail(MarsclrError, 'give a number between 1 and 11'): _check_settings(good, 11)
+
     kw = dict(k=12, epochs=3, image_size=32, embed_size=32, backbone='resnet10t', device='cpu')
     with capture_output() as said: found = texture_clusters(pack, tmp/'run', **kw)
     assert 'texture clustering of 300 images into 12 from random weights' in said.stdout
@@ -164,12 +173,12 @@ def test_a_run_that_is_stopped():
         steps.append(1)
         if len(steps) == 9: raise KeyboardInterrupt
 
-    unplugged = patch.object(RunFolder, 'after_batch', pull_the_plug)
+    unplugged = mock.patch.object(RunFolder, 'after_batch', pull_the_plug)
     with unplugged, expect_fail(KeyboardInterrupt), capture_output():
         texture_clusters(pack, tmp/'stopped', **kw, save_every=1)
     test_eq(torch.load(tmp/'stopped/checkpoint.pt', weights_only=True)['step'], 3)
-    with capture_output(): gone_on = texture_clusters(pack, tmp/'stopped', **kw, save_every=1)
-    test_eq(gone_on.ids, found.ids)
+    with capture_output(): continued = texture_clusters(pack, tmp/'stopped', **kw, save_every=1)
+    test_eq(continued.ids, found.ids)
     log = pd.read_csv(tmp/'run/log.csv')
     test_eq(pd.read_csv(tmp/'stopped/log.csv').loss.tolist(), log.loss.tolist())
 

@@ -20,6 +20,7 @@ from marsclr.engine.packing import pack_archive
 from marsclr.engine.files import data_root
 from marsclr.datasets import is_copy
 from marsclr.false_negatives import *
+from marsclr.false_negatives import _count_negatives, _ordered_pairs, _ways
 
 needs_real_images = pytest.mark.skipif(not os.environ.get('MARSCLR_DATA'), reason='needs real images: set MARSCLR_DATA')
 
@@ -76,7 +77,7 @@ def test_three_images():
     kinds = {'equation 1': kinds_of_pairs(one_image, nothing),
              'right clusters, left out': kinds_of_pairs(one_image, one_class),
              'the truth': kinds_of_pairs(one_class, nothing)}
-    fig,axs = plt.subplots(1, 3, figsize=(8.5, 2.9), dpi=70, layout='constrained')
+    axs = plt.figure(figsize=(8.5, 2.9), dpi=70, layout='constrained').subplots(1, 3)
     for ax,(title,kind) in zip(axs, kinds.items()): draw_pairs(ax, kind, title)
     test_eq([(kind == 3).sum() for kind in kinds.values()], [8, 0, 0])
 
@@ -94,6 +95,10 @@ def test_the_formula():
     test_eq(chance_of_one_class([1]*50), 0)
     test_eq(chance_of_one_class([50]), 1)
     chance_of_one_class([2, 1])
+
+    test_eq(_ways(5, 3, replacement=False), 5*4*3)
+    test_eq(_ways(np.array([5, 2]), 3, replacement=False), [60, 0])
+    test_eq(_ways(5, 3, replacement=True), 5*5*5)
 
     test_close(false_negative_rate([2, 1], 3), (8/30, 0), eps=1e-7)
     test_close(false_negative_rate([2, 1], 3, of='negatives'), (1/3, 0), eps=1e-7)
@@ -120,6 +125,15 @@ def test_the_simulation():
 
     slow = np.array([one_batch() for _ in range(4000)])
     slow.mean(), slow.std()
+
+    few_batches = draw_batches([5, 3, 2], 4, batches=3)
+    test_eq(few_batches.sum(1), [4, 4, 4])
+    assert (few_batches <= [5, 3, 2]).all()
+    few_batches
+
+    test_eq(_ordered_pairs(np.array([[3, 1]])), [3*2])
+    one_drawn = np.array([[[1, 1], [1, 0]]]) # a class in both clusters, another in the first
+    test_eq(_count_negatives(one_drawn, 3), ([2], [3*2 - 2]))
 
     fast = simulate([5, 3, 2], 4, batches=4000)
     mean,sd = false_negative_rate([5, 3, 2], 4)
@@ -152,7 +166,7 @@ def test_what_the_rate_depends_on():
         cases = list(zip(counts, batches))
         formula = [100*false_negative_rate(*case)[0] for case in cases]
         simulated = [100*simulate(*case, batches=200).mean() for case in cases]
-        line, = ax.plot(xs, formula, **style)
+        line = ax.plot(xs, formula, **style)[0]
         ax.plot(xs, simulated, '.', color=line.get_color())
         return formula
 

@@ -169,7 +169,7 @@ def test_from_the_command_line():
     copies = broken_pack('copies', np.repeat(ten[:1].numpy(), 6, axis=0))
     for path in (blank, copies):
         with redirect_stdout(StringIO()) as said: marsclr_falseneg(['diagnose', path, '--batch', '4'])
-        print(said.getvalue())
+        print(said.getvalue().replace(', so', ',\nso'))
         assert 'there is nothing to learn' in said.getvalue()
         assert 'recommendation' not in said.getvalue()
     test_eq(diagnose(copies, batch=4), np.ones(5))

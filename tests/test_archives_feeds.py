@@ -16,12 +16,18 @@ from fastcore.test import *
 from requests import PreparedRequest
 from stand_in import StandIn, curiosity_record, perseverance_record, rover_stand_in
 from marsclr.archives.feeds import *
-from marsclr.archives.feeds import _curiosity_row, _number, _perseverance_row, _records
+from marsclr.archives.feeds import _curiosity_query, _curiosity_row, _number, _perseverance_query, _perseverance_row, _records
 
 
 def test_two_feeds():
     global feed
     sys.path.append('../../tests')  # the stand-in server is a tool of the tests
+
+    asked = _perseverance_query(10, 11, ['NAVCAM_LEFT'], page=2, full=True)
+    test_eq((asked['condition_2'], asked['condition_3']), ('10:sol:gte', '11:sol:lte'))
+    test_eq((asked['page'], asked['search']), (2, '|NAVCAM_LEFT'))
+    assert 'extended' not in _perseverance_query(10, 11, [], page=0, full=False)
+    test_eq(_curiosity_query(10, 11, ['MAHLI', 'MARDI'], page=0, full=True)['search'], 'MAHLI|MARDI')
 
     def rows_of(make_row, record, size):
         images = (record('http://here', 10, 1), record('http://here', 10, 2, sample='Thumbnail'))
@@ -43,7 +49,7 @@ def test_two_feeds():
     test_eq([len(set(feed.cameras)) for feed in feeds.values()], [19, 17])
     for feed in feeds.values():
         url = address(feed, 10, 10, feed.cameras[:2], 0, True)
-        print(url.replace('&', '\n    &'))
+        print(url.replace('?', '\n    ?').replace('&', '\n    &'))
         assert 'order=sol+desc' in url and '%2B' not in url
         assert feed.default_size in feed.sizes and set(feed.sizes) <= set(sizes)
         assert 'extended' not in feed.query(10, 10, feed.cameras, 0, False)
@@ -102,7 +108,7 @@ def test_rows_that_can_be_trusted():
     test_eq(rows[0]['path'], '0010/'+good['imageid']+'.jpg')
     for _,reason in odd: print(reason)
 
-    for name,value in rows[0].items(): print(f'{name:8} {value}')
+    for name,value in rows[0].items(): print(f'{name:8} {str(value)[:80]}')
 
 
 def test_the_newest_sol():

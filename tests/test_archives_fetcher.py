@@ -15,11 +15,17 @@ from types import SimpleNamespace
 from fastcore.test import *
 from stand_in import StandIn
 from marsclr.archives.fetcher import *
-from marsclr.archives.fetcher import _check_head
+from marsclr.archives.fetcher import _check_head, _json_object, _no_connection, _reason, _retry_after
 
 
 def test_what_an_answer_has_to_be():
     sys.path.append('../../tests')  # the stand-in server is a tool of the tests
+
+    def wait_of(**headers): return _retry_after(SimpleNamespace(headers=headers))
+
+    test_eq(wait_of(**{'Retry-After': '120'}), 120)
+    test_eq(wait_of(**{'Retry-After': 'soon'}), 0)
+    test_eq(wait_of(), 0)
 
     def fault_of(status, **headers):
         try: _check_head(SimpleNamespace(status_code=status, headers=headers))
@@ -52,6 +58,12 @@ def test_one_try():
 
 
 def test_try_wait_try_again():
+    no_route = SimpleNamespace(reason=NewConnectionError(None, 'refused'))
+    unreached = requests.ConnectionError(no_route)
+    assert _no_connection(unreached)
+    assert not _no_connection(requests.ReadTimeout())
+    test_eq(_reason(unreached), 'refused')
+
     waits = [Fetcher(wait=1)._seconds_to_wait(Fault('x'), tries) for tries in range(1, 9)]
     assert all(.5*2**k <= wait <= 2**k for k,wait in enumerate(waits[:6]))
     assert max(waits) <= 60
@@ -70,6 +82,10 @@ def test_try_wait_try_again():
 
 
 def test_pages():
+    test_eq(_json_object(b'{"n": 1}'), dict(n=1))
+    with expect_fail(Fault, 'no JSON but'): _json_object(b'<html>')
+    with expect_fail(Fault, 'JSON, but no object'): _json_object(b'[1, 2]')
+
     quick = dict(rate=1000, wait=.01, patience=.3)
 
     def numbered(query, server): return dict(n=int(query['n']))

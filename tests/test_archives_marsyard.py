@@ -29,10 +29,12 @@ def test_opening():
         "Row numbers of the first `n` images of each class"
         return np.concatenate([np.flatnonzero(labels == label)[:n] for label in np.unique(labels)])
 
-    yard,yard_table = marsyard(160, n_classes=len(SCENES), burst=1)
+    twelve = marsyard(160, n_classes=len(SCENES), burst=1)
+    yard = twelve[0]
+    labels = twelve[1].label
     test_eq((yard.shape, yard.dtype), ((160, 96, 96, 3), np.uint8))
-    test_eq(yard_table.label.nunique(), 12)
-    show(yard[first_of_each(yard_table.label, 8)], 8)
+    test_eq(labels.nunique(), 12)
+    show(yard[first_of_each(labels, 8)], 8)
 
 
 def test_the_homogeneity_dial():

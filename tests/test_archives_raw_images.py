@@ -22,7 +22,7 @@ from PIL import Image
 from marsclr.datasets import image_folder
 from stand_in import rover_stand_in
 from marsclr.archives.raw_images import *
-from marsclr.archives.raw_images import _for_each
+from marsclr.archives.raw_images import _choose, _for_each
 
 
 def test_several_requests_at_a_time():
@@ -93,6 +93,10 @@ def test_fetch():
 
 def test_all_of_it_together():
     global server
+    with expect_fail(MarsclrError, '1 sols cannot be listed, so nothing can be drawn yet'):
+        _choose(little, [7, 8], {9: 'is gone'}, images=3, seed=42)
+    test_eq(len(_choose(little, [7, 8], {}, images=3, seed=42)[0]), 3)
+
     difficult = dict(cap=10, late=12, total_off=2)
     server = rover_stand_in('perseverance', range(10, 14), each=20, size=64, feed=difficult, share=.1)
     with server:
@@ -138,10 +142,10 @@ def test_the_same_images_again():
         paths = [urlsplit(url).path for url in table.url]
         server.files[paths[1]] = server.files[paths[2]]
         manifest = tmp/'first'/'table.csv'
-        same,lost = fetch_manifest(manifest, 'perseverance', tmp/'same', Fetcher(**quick))
-    test_eq(same.sha256.tolist(), table.sha256.drop(1).tolist())
-    test_eq(list(lost), [table.id[1]])
-    lost[table.id[1]].split(' (')[0]
+        again = fetch_manifest(manifest, 'perseverance', tmp/'same', Fetcher(**quick))
+    test_eq(again[0].sha256.tolist(), table.sha256.drop(1).tolist())
+    test_eq(list(again[1]), [table.id[1]])
+    again[1][table.id[1]].split(' (')[0]
 
     with expect_fail(MarsclrError, 'not of curiosity'): read_manifest(manifest, 'curiosity')
     with expect_fail(MarsclrError, 'cannot be read'): read_manifest(tmp/'none.csv', 'curiosity')

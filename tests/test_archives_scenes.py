@@ -6,7 +6,7 @@ import IPython.display
 from fastcore.test import *
 from marsclr.archives.terrain import contact_sheet
 from marsclr.archives.scenes import *
-from marsclr.archives.scenes import _cal_target, _drill_hole, _floats, _gravel, _landscape, _layers, _night_sky, _ripples, _sun, _tracks, _veins, _wheel
+from marsclr.archives.scenes import _cal_target, _drill_hole, _floats, _gravel, _landscape, _layers, _night_sky, _post_shadow, _ripples, _sun, _tracks, _tread, _veins, _wheel
 
 
 def test_ground():
@@ -34,6 +34,7 @@ def test_ground():
     show(ripples)
 
     layers = bursts(_layers, 2)
+    test_eq(layers.shape, ripples.shape)
     assert layers.mean() < ripples.mean()
     assert np.ptp(redness(layers)[:4]) < .02
     show(layers)
@@ -61,6 +62,8 @@ def test_rock_that_something_has_happened_to():
     show(drill_hole)
 
     tracks = bursts(_tracks, 8)
+    heights = _tread(*np.random.default_rng(0).uniform(-3, 3, (2, 1000)))
+    assert 0 <= heights.min() < .01 and .99 < heights.max() <= 1
     assert contrast(tracks).mean() < contrast(ripples).mean()
     test_close(tracks.mean(), ripples.mean(), eps=.05)
     show(tracks)
@@ -79,6 +82,9 @@ def test_far_away_and_at_home():
     show(wheel)
 
     cal_target = bursts(_cal_target, 9)
+    canvas = Canvas(np.random.default_rng(0), 96, make_style(9, 0))
+    shadow = _post_shadow(canvas, canvas.x, canvas.y)
+    assert 0 <= shadow.min() < .01 and .99 < shadow.max() <= 1
     assert (redness(cal_target) < 1.3).all()
     assert (cal_target[:,36:60,36:60].mean((1, 2, 3)) < cal_target[:,:24].mean((1, 2, 3))).all()
     show(cal_target)
@@ -101,6 +107,7 @@ def test_all_of_them():
     test_eq(scene_of(11), 'sun')
     class_names(14)
 
+    test_eq(draw_scene(np.random.default_rng(0), 40, 48).shape, (48, 48, 3))
     for burst in range(8):
         label = 1 if burst < 4 else 13
         test_eq(draw_scene(np.random.default_rng([burst, 1]), label, 96), ripples[burst])

@@ -21,6 +21,7 @@ from fastcore.test import *
 from marsclr.archives.marsyard import write_marsyard
 from stand_in import StandIn
 from marsclr.archives.zenodo import *
+from marsclr.archives.zenodo import _is_wanted
 
 needs_real_images = pytest.mark.skipif(not os.environ.get('MARSCLR_DATA'), reason='needs real images: set MARSCLR_DATA')
 
@@ -28,6 +29,10 @@ needs_real_images = pytest.mark.skipif(not os.environ.get('MARSCLR_DATA'), reaso
 def test_out_of_a_zip_file_and_nowhere_else():
     global tmp
     sys.path.append('../../tests')  # the stand-in server is a tool of the tests
+
+    assert _is_wanted(zipfile.ZipInfo('folder/a.jpg'))
+    assert not _is_wanted(zipfile.ZipInfo('folder/'))
+    assert not _is_wanted(zipfile.ZipInfo('__MACOSX/folder/a.jpg'))
 
     tmp = Path(tempfile.mkdtemp())
 

@@ -5,18 +5,17 @@ from pathlib import Path
 import numpy as np, pandas as pd
 from marsclr.engine.embed import image_numbers, image_table, mean_over_tiles
 from marsclr.engine.files import MarsclrError, atomic_write
-from marsclr.engine.logistic import LogisticProbe
+from marsclr.engine.logistic import LogisticProbe, choose_penalty
 from marsclr.engine.packing import Pack
 import shutil, tempfile
 from fastcore.test import *
 from marsclr.archives.marsyard import marsyard
 from marsclr.engine.clusters import pixel_features
-from marsclr.engine.logistic import choose_penalty
 from marsclr.engine.predict import *
 
 
 def test_kept():
-    global names, pack, probe, scenes, table, teach, tmp, x, y
+    global asked, names, pack, probe, scenes, table, teach, tmp, x, y
     tmp = Path(tempfile.mkdtemp())
     scenes,table = marsyard(240, size=32)
     pack = Pack([scenes], table)
@@ -35,6 +34,11 @@ def test_kept():
     with expect_fail(MarsclrError, 'cannot be read as a classifier'):
         load_classifier(tmp/'broken.npz', {})
 
+    asked = dict(weights='none', kind='pixels', stages=False, size=32, seed=0, run='of no matter')
+    split = np.where(teach, 'train', 'val')
+    keep_classifier(x, table.assign(split=split), names, asked, tmp/'classifier.npz')
+    test_eq(load_classifier(tmp/'classifier.npz', {})[0].predict(x), probe.predict(x))
+
 
 def test_asked():
     seen = classify(probe, names, x, pack)
@@ -52,6 +56,10 @@ def test_asked():
     halves = right[surer].mean(),right[~surer].mean()
     print('right: {:.0%} of the surer half, {:.0%} of the other'.format(*halves))
     assert right[surer].mean() > right[~surer].mean()
+
+    predict_into(tmp, x, pack, 'yard', asked)
+    written = pd.read_csv(tmp/'classes-yard.csv')
+    test_eq(written['class'].tolist(), seen['class'].tolist())
 
     write_predictions(seen, tmp/'seen.csv')
     test_eq(pd.read_csv(tmp/'seen.csv').columns.tolist(), ['path', 'class', 'confidence'])

@@ -71,14 +71,10 @@ def test_the_identity_of_a_run():
     with expect_fail(MarsclrError, ' new, such as images/'):
         pretrain(f'{tmp}/pack2', f'{tmp}/one', **settings)
 
-    renamed = pack_archive(image_folder(shutil.copytree(tmp/'yard', tmp/'elsewhere')), tmp/'renamed',
-                           size=64)
-    test_eq((renamed.name, renamed.fingerprint != pack.fingerprint), ('elsewhere', True))
-    pretrain(f'{tmp}/renamed', f'{tmp}/first', **settings | dict(epochs=1))
-    shutil.move(tmp/'elsewhere', tmp/'moved')
-    pack_archive(image_folder(tmp/'moved'), tmp/'again', size=64)
-    test_stdout(lambda: pretrain(f'{tmp}/again', f'{tmp}/first', **settings | dict(epochs=1)),
-                f'{tmp}/first is finished')
+    elsewhere = image_folder(shutil.copytree(tmp/'yard', tmp/'elsewhere'))
+    renamed = pack_archive(elsewhere, tmp/'renamed', size=64)
+    test_eq((renamed.name, renamed.fingerprint), ('elsewhere', pack.fingerprint))
+    test_stdout(lambda: pretrain(f'{tmp}/renamed', f'{tmp}/one', **settings), f'{tmp}/one is finished')
 
     given = feature_clusters(pixel_features(pack), pack, 12)
     given.save(tmp/'given.npz')

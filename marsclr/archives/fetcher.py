@@ -33,13 +33,14 @@ class Fault(Exception):
 class Offline(MarsclrError): "There is no network, or not that host"
 
 # %% ../../nbs/archives/fetcher.ipynb #10eb972b
-_later = (408, 416, 425, 429)  # as well as 500 and above
-
 def _retry_after(response):
     "Seconds to wait by `Retry-After`; 0 without one, or with one that cannot be read"
     if 'Retry-After' not in response.headers: return 0
     with suppress(HTTPError): return Retry().parse_retry_after(response.headers['Retry-After'])
     return 0
+
+# %% ../../nbs/archives/fetcher.ipynb #26a5055b
+_later = (408, 416, 425, 429)  # as well as 500 and above
 
 def _check_head(response):
     "Raise a `Fault` where an answer does not begin well"
@@ -85,6 +86,7 @@ def pause(self:Fetcher,
     "Wait"
     if self.stop.wait(max(seconds, 0)): raise Fault('stopped', final=True)
 
+# %% ../../nbs/archives/fetcher.ipynb #adbfe727
 @patch
 def reserve_slot(self:Fetcher,
     closed_for=0, # seconds in which nobody is to ask; 0: only take a place in the queue
@@ -116,6 +118,7 @@ def answer(self:Fetcher,
             yield response
         finally: self.hosts[host] = time.monotonic()
 
+# %% ../../nbs/archives/fetcher.ipynb #bd595b25
 @patch
 def iter_bytes(self:Fetcher,
     response, # an answer
@@ -165,6 +168,7 @@ def _seconds_to_wait(self:Fetcher, fault, tries):
     by_tries = min(60, self.wait*2**max(tries-1, 0))
     return max(fault.after, by_tries*random.uniform(.5, 1))
 
+# %% ../../nbs/archives/fetcher.ipynb #29b81d8b
 @patch
 def retry(self:Fetcher,
     once,     # what to do, until it works
@@ -188,6 +192,14 @@ def retry(self:Fetcher,
         self.pause(self._seconds_to_wait(fault, tries))
 
 # %% ../../nbs/archives/fetcher.ipynb #9e1b34b6
+def _json_object(text):
+    "What a page holds; anything but a JSON object is a `Fault`"
+    try: page = json.loads(text)
+    except ValueError as e: raise Fault(f'no JSON but {text[:20]!r}') from e
+    if not isinstance(page, dict): raise Fault('JSON, but no object')
+    return page
+
+# %% ../../nbs/archives/fetcher.ipynb #6f038836
 def get_json(
     fetcher:Fetcher,
     url,      # address without the query
@@ -198,9 +210,5 @@ def get_json(
         compressed = {'Accept-Encoding': 'gzip'}
         with fetcher.answer(url, params=params, headers=compressed) as response:
             response.raw.decode_content = True
-            text = b''.join(fetcher.iter_bytes(response))
-        try: page = json.loads(text)
-        except ValueError as e: raise Fault(f'no JSON but {text[:20]!r}') from e
-        if not isinstance(page, dict): raise Fault('JSON, but no object')
-        return page
+            return _json_object(b''.join(fetcher.iter_bytes(response)))
     return fetcher.retry(once, url)

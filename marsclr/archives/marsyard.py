@@ -80,6 +80,7 @@ def _burst_length(number, mean, seed):
     u = np.random.default_rng([seed, number]).random()
     return 1+int(np.log1p(-u)/np.log1p(-1/mean))
 
+# %% ../../nbs/archives/marsyard.ipynb #90c8a0a1
 def _burst_lengths(n, mean, seed):
     "Lengths of the bursts that make up `n` images"
     lengths = []
@@ -119,6 +120,7 @@ def _add_split(table):
     table.insert(1, 'split', np.select([share < .7, share < .8], ['train', 'val'], 'test'))
     return table
 
+# %% ../../nbs/archives/marsyard.ipynb #4b21f5bb
 def check_yard(n, n_classes, size, burst, imbalance, homogeneity, seed):
     "Refuse what cannot be built"
     rules = [('n', n, n >= 1, 'at least 1'),
@@ -159,6 +161,7 @@ def marsyard(
 
 # %% ../../nbs/archives/marsyard.ipynb #8ab45f3a
 def _write_yard(folder, images, table, n_classes):
+    "The files of a yard, in the layout of MSL v2.1"
     (folder/'images').mkdir(parents=True)
     for image,name in zip(images, table.path):
         Image.fromarray(image).save(folder/'images'/name, quality=92)
@@ -169,6 +172,7 @@ def _write_yard(folder, images, table, n_classes):
         lines = [f'{name} {label}\n' for name,label in zip(rows.path, rows.label)]
         (folder/f'{split}-set-v2.1.txt').write_text(''.join(lines))
 
+# %% ../../nbs/archives/marsyard.ipynb #1d91bab5
 def write_marsyard(
     folder,   # to be made
     **kwargs  # passed on to `marsyard`
@@ -176,6 +180,6 @@ def write_marsyard(
     "Write a yard as JPEG files in the layout of MSL v2.1, whole or not at all"
     folder = Path(folder)
     if folder.exists(): raise MarsclrError(f'{folder} exists: remove it or give another folder')
-    images,table = marsyard(**kwargs)
-    with atomic_write(folder) as tmp: _write_yard(tmp, images, table, kwargs.get('n_classes', 10))
+    yard = marsyard(**kwargs)
+    with atomic_write(folder) as tmp: _write_yard(tmp, *yard, kwargs.get('n_classes', 10))
     return folder

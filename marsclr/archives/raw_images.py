@@ -39,6 +39,17 @@ def _for_each(fetcher, connections, func, items, progress, comment):
         fetcher.stop.clear()
 
 # %% ../../nbs/archives/raw_images.ipynb #bb2015e6
+def _list_one(fetcher, feed, to, sol, cameras, size, full):
+    "List a sol into a file, if it has none yet; gives the sol and what is wrong, or None"
+    file = Path(to)/'.fetch'/f'{sol:05d}.json'
+    if file.exists(): return sol, None
+    try: images,total = list_sol(fetcher, feed, sol, cameras, full)
+    except Fault as e: return sol, f'cannot be listed: {e}'
+    rows,odd = to_rows(feed, images, size, cameras, full)
+    write_json(file, dict(stated=total, found=len(images), rows=rows, odd=odd))
+    return sol, None
+
+# %% ../../nbs/archives/raw_images.ipynb #5fa700e3
 def list_sols(
     fetcher:Fetcher,
     feed:Feed,
@@ -51,14 +62,7 @@ def list_sols(
     progress=False, # show a progress bar
 ) -> dict: # sol -> why it could not be listed
     "List every sol into a file of its own, if it has none yet"
-    def list_one(sol):
-        file = Path(to)/'.fetch'/f'{sol:05d}.json'
-        if file.exists(): return sol, None
-        try: images,total = list_sol(fetcher, feed, sol, cameras, full)
-        except Fault as e: return sol, f'cannot be listed: {e}'
-        rows,odd = to_rows(feed, images, size, cameras, full)
-        write_json(file, dict(stated=total, found=len(images), rows=rows, odd=odd))
-        return sol, None
+    def list_one(sol): return _list_one(fetcher, feed, to, sol, cameras, size, full)
     listed = _for_each(fetcher, connections, list_one, list(sols), progress, 'sols listed')
     return {sol: reason for sol,reason in listed if reason}
 
@@ -225,11 +229,8 @@ def fetch_rover(
     return table, bad | odd, short
 
 # %% ../../nbs/archives/raw_images.ipynb #23b6e586
-def read_manifest(
-    path,  # a `table.csv`
-    rover, # whose it should be
-) -> list: # rows
-    "The images of an earlier download"
+def _read_table(path, rover):
+    "The table of an earlier download, as text; refused if it is not that of a rover"
     try: table = pd.read_csv(path, keep_default_na=False, dtype=str)
     except (OSError, ValueError) as e:
         raise MarsclrError(f'{path} cannot be read as a manifest ({one_line(e)})') from e
@@ -238,7 +239,15 @@ def read_manifest(
     if set(table.rover) != {rover.capitalize()}:
         found = ' '.join(sorted(set(table.rover))) or 'nothing'
         raise MarsclrError(f'{path} is a manifest of {found}, not of {rover}')
-    rows = table.drop_duplicates('id').to_dict('records')
+    return table
+
+# %% ../../nbs/archives/raw_images.ipynb #0ed1188c
+def read_manifest(
+    path,  # a `table.csv`
+    rover, # whose it should be
+) -> list: # rows
+    "The images of an earlier download"
+    rows = _read_table(path, rover).drop_duplicates('id').to_dict('records')
     try:
         for row in rows:
             row['path'] = image_path(row['id'], row['sol'], row['url'])

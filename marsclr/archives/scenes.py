@@ -233,8 +233,8 @@ def _cal_target(canvas):
 def _night_sky(canvas):
     sky = canvas.uniform(.01, .05) + .008*canvas.noise(.3)
     stars = canvas.rng.poisson(25*canvas.scale)
-    x,y = canvas.rng.integers(0, canvas.side, (2, stars))
-    sky[y,x] += .12*canvas.rng.pareto(2., stars).astype(np.float32)
+    places = canvas.rng.integers(0, canvas.side, (2, stars))
+    sky[places[1],places[0]] += .12*canvas.rng.pareto(2., stars).astype(np.float32)
     distance = np.hypot(canvas.x-canvas.uniform(-.6, .6), canvas.y-canvas.uniform(-.6, .6))
     moon = canvas.uniform() < .5
     sky += moon*np.exp(-(distance/canvas.uniform(.02, .06))**2)

@@ -8,6 +8,7 @@ __all__ = ['laptop', 'yard', 'presets', 'cells', 'open_folder', 'make_packs', 'm
 
 # %% ../../nbs/study/chain.ipynb #a04588ac
 import shutil, time
+from dataclasses import asdict
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from ..engine.commands import command
 from ..datasets import hirise, imagenet, is_copy, msl, rovers
 from ..engine.encoders import create_encoder, encode, load_encoder
 from ..diagnosis import judge, references
+from .first import FirstSettings, first, first_settings
 from .homogeneity import curve, curve_figure, gains, leaves_pack, yard_pack
 from ..linear_evaluation import probe
 from .maps import draw_maps, is_map_of
@@ -42,6 +44,7 @@ laptop = dict(backbone='resnet18', image_size=64, epochs=8, batch_size=64, tempe
 yard = dict(laptop, image_size=48, warmup=20)
 
 presets = dict(
+    first=dict(marsyard=asdict(first_settings)),
     smoke=dict(marsyard=dict(size=96, clusters=20, pretrain=yard), msl=dict(size=192, clusters=150, pretrain=laptop)),
     clusters=dict(
         marsyard=dict(size=96, pretrain=yard, texture=dict(k=20, epochs=6, image_size=48), ks=[3, 5, 8, 14, 19, 30, 50, 100], seeds=[42, 43, 44]),
@@ -258,6 +261,9 @@ def _print_probes(table):
     print(shown[['pack', 'method', 'seed', 'accuracy', 'interval', 'balanced_accuracy', 'macro_f1', 'val_accuracy']].to_string(index=False))
     print('differences within the intervals say nothing')
 
+def _first(data, to, settings, seed):
+    with open_folder(to, data, settings): return first(to, FirstSettings(**settings), seed)
+
 def _smoke(data, to, settings, seed):
     _print_probes(reproduce(data, to, settings, seed))
     return f'{to}/table.csv {to}/figure.png {to}/clusters-seed{seed}.csv'
@@ -331,14 +337,14 @@ def _cells(data, to, settings, only='', known='', dry_run=False, **kwargs):
         return ' '.join(draw_maps(lab, g.method.iloc[0], int(g.seed.iloc[0])) if name == 'fig8' else draw_tables(lab, [name]) for name,g in asked.groupby('group', sort=False))
 
 # %% ../../nbs/study/chain.ipynb #bef2cf2b
-_chains = dict(smoke=_smoke, clusters=_clusters, homogeneity=_homogeneity, references=_references, purity=_purity)
+_chains = dict(first=_first, smoke=_smoke, clusters=_clusters, homogeneity=_homogeneity, references=_references, purity=_purity)
 
 @command
 def marsclr_reproduce(
-    preset:str='smoke',  # smoke: the chain, one seed; clusters: all sources of clusters (hours); homogeneity: what false negatives cost (hours); references: what the diagnosis of an archive rests on; purity: how pure clusters must be (hours); laptop, gpu, paper: the paper's figures and tables, cell by cell
+    preset:str='first',  # first: what it is about, in three minutes; smoke: the chain, one seed; clusters: all sources of clusters (hours); homogeneity: what false negatives cost (hours); references: what the diagnosis of an archive rests on; purity: how pure clusters must be (hours); laptop, gpu, paper: the paper's figures and tables, cell by cell
     data:str='marsyard', # marsyard: no data needed; msl: the archives under $MARSCLR_DATA
     to:str='',           # folder for everything that is made; runs/PRESET-DATA by default
-    seed:int=42,         # for smoke; the other presets have their own
+    seed:int=42,         # for first and smoke; the other presets have their own
     only:str='',         # for cells: fig3, cross_validation, longer, table2, fig4, fig5, fig8, ablations, recommended, several separated by commas; all by default
     known:str='',        # for cells: folder with tables whose rows need not be run again
     dry_run:bool=False,  # for cells: print what is missing and what it will take, and stop
