@@ -4,7 +4,7 @@ import shutil, time
 from dataclasses import dataclass
 from pathlib import Path
 import pandas as pd
-from marsclr.atlas import draw_maps, is_map_of
+from marsclr.study.maps import draw_maps, is_map_of
 from marsclr.datasets import imagenet
 from marsclr.engine.commands import command
 from marsclr.engine.files import MarsclrError, atomic_write, data_root
@@ -13,8 +13,8 @@ from marsclr.study.chain import run_chain
 from marsclr.study.cluster_study import k_rule, run_cluster_study, trade_figure
 from marsclr.study.data_sets import data_sets, make_packs, natural, open_pack
 from marsclr.study.figures import draw_tables
+from marsclr.study.first import first_study
 from marsclr.study.grid import grid, missing, read_cells
-from marsclr.study.first import first
 from marsclr.study.homogeneity import curve, curve_figure, gains, leaves_pack
 from marsclr.study.methods import Lab
 from marsclr.study.presets import presets
@@ -38,7 +38,7 @@ def test_studies_on_their_own():
     with capture_output() as said: _print_probes(table)
     for method in table.method: assert method in said.stdout
     assert 'differences within the intervals say nothing' in said.stdout
-    print('\n'.join(line[:76] for line in said.stdout.splitlines()))
+    print(said.stdout)
 
     assert set(studies) <= set(presets)
     grids = [preset for preset in presets if preset not in studies]
