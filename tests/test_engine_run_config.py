@@ -3,6 +3,7 @@
 import math, textwrap
 from pathlib import Path
 import pandas as pd, torch
+from fastai.callback.core import Callback
 from fastai.learner import Learner
 from fastai.vision.core import imagenet_stats
 from marsclr import __version__
