@@ -4,17 +4,21 @@ A page is a Markdown file, or a notebook whose Markdown cells count. Each has a 
 
 Shell commands come from fenced bash blocks and from indented blocks, Python from fenced python blocks and from indented lines that
 call timm. They run one after the other in the page's folder, in which somebody's images and labels are made from MarsYard.
-Four kinds are not run as they stand, and the output says so:
+Some are not run as they stand, and the output says so:
 - what needs an archive or the network (`marsclr_fetch`, `--data msl`) is only parsed, with all its options;
 - `marsclr_bench` measures one round instead of seven, but for its loss, whose largest batch takes minutes: that is only parsed;
-- `marsclr_reproduce` is stopped soon after its first words, and has to end as a stopped command does: one line, status 143;
+- `marsclr_reproduce` runs to its end without options; with a preset it is stopped soon after its first words, and has to end as a
+  stopped command does: one line, status 143;
+- `marsclr_start` trains for seconds, whatever minutes the page gives;
 - what sets up an environment or opens a window (`pip`, `nbdev_test`, `pytest`, `jupyter`) is left to .ci/run, in whose environment this runs.
 """
 import json, re, signal, subprocess, sys, time
+from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
 
-PATIENCE = 20  # seconds for marsclr_reproduce, from its first words on
+PATIENCE = 20  # seconds for a preset of marsclr_reproduce, from its first words on
+SHORT = '--minutes .05'  # for marsclr_start
 IMAGES = 144  # one batch of the commands' default 128, and some more
 UNKNOWN = '--unknown'
 
@@ -94,9 +98,12 @@ def run_command(line, folder):
     if any(o in line for o in ('marsclr_fetch', '--data msl', 'marsclr_bench loss')):
         parse_only(line, folder)
         return 'parsed'
-    if line.startswith('marsclr_reproduce'):
+    if line.startswith('marsclr_reproduce '):
         run_until(line, folder, PATIENCE)
         return f'ran, for {PATIENCE} s at most'
+    if line.startswith('marsclr_start'):
+        run_whole(re.sub(r'--minutes \S+', SHORT, line), folder)
+        return f'ran, with {SHORT}'
     if line.startswith('marsclr_bench'):
         run_whole(f'{line} --rounds 1', folder)
         return 'ran, one round'
@@ -137,7 +144,16 @@ def run_page(page, folder):
     return ran
 
 
+def check_all_named(pages):
+    "Every command of the package is on one of the pages"
+    text = ' '.join(map(text_of, pages))
+    scripts = (point.name for point in entry_points(group='console_scripts') if point.name.startswith('marsclr_'))
+    unnamed = sorted({name for name in scripts if not re.search(rf'\b{name}\b', text)})
+    if unnamed: sys.exit(f'no page names {" ".join(unnamed)}')
+
+
 def main(folder, pages):
+    check_all_named(pages)
     ran = sum(run_page(page, folder/page.stem) for page in pages)
     if ran < 10: sys.exit(f'only {ran} commands of {" ".join(map(str, pages))} ran: has their form changed?')
 

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
@@ -90,7 +91,8 @@ GOOD = ['marsclr_pack msl yard.pack --root yard --size 32', 'marsclr_pack msl ot
         'marsclr_pretrain yard.pack run2 SMALL --loss cluster_aware --clusters found.npz', 'marsclr_probe run2 yard.pack',
         'marsclr_falseneg rates yard.pack --batch 16 --clusters found.npz', 'marsclr_falseneg diagnose yard.pack --batch 16 --alike 5',
         'marsclr_cluster yard.pack,other.pack --source pixels --bursts --clusters 5 --to both.npz', 'marsclr_pretrain yard.pack,other.pack run3 SMALL --loss cluster_aware --clusters both.npz',
-        'marsclr_cluster yard.pack --source pixels --clusters 1 --to one.npz', 'marsclr_pack msl same.pack --root same --size 32']
+        'marsclr_cluster yard.pack --source pixels --clusters 1 --to one.npz', 'marsclr_atlas run yard.pack --clusters 5 --device cpu',
+        'marsclr_embed run yard.pack --to features --device cpu', 'marsclr_pack msl same.pack --root same --size 32']
 
 
 @pytest.fixture(scope='module')
@@ -157,6 +159,37 @@ def test_no_command_shows_the_warning_of_a_library(base, tmp_path):
     for o in ('quiet.npz', 'quiet.png'): (base/o).unlink()
 
 
+def test_several_processes_say_nothing_on_standard_error(base, tmp_path):
+    line = f'marsclr_launch --cpu --num_processes 2 -m marsclr.pretrain yard.pack {tmp_path}/two {SMALL}'
+    done = subprocess.run([Path(sys.executable).parent/'marsclr_launch', *line.split()[1:]], cwd=base, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, '')
+
+
+def start_line(to): return f'marsclr_start yard/images --minutes .01 --to {to}'
+
+
+def test_start_goes_on_after_a_kill(base, tmp_path):
+    "From images to a map; killed as soon as it has a plan, and given again"
+    folder = tmp_path/'started'
+    process = Script(start_line(folder).split(), tmp_path/'out', base)
+    until = time.monotonic() + 300
+    while not (folder/'plan.json').exists():
+        assert process.poll() is None and time.monotonic() < until, (tmp_path/'out'/'stderr').read_text()
+        time.sleep(.05)
+    process.kill()
+    process.communicate()
+    plan = (folder/'plan.json').read_bytes()
+    status, out, err = call(base, start_line(folder), tmp_path/'again')
+    assert (status, err) == (0, '')
+    assert 'pairs of images show the same thing' in out and 'images a second' in out
+    assert (folder/'plan.json').read_bytes() == plan
+    made = {path.name for path in folder.iterdir()} - {'.lock'}
+    assert made == {'config.json', 'images.pack', 'pairs.png', 'diagnosis.txt', 'diagnosis.json', 'plan.json',
+                    'run', 'features.npy', 'map.jpg', 'map.csv', 'neighbours.png'}
+    status, _, err = call(base, start_line(folder).replace('yard/', 'other/'), tmp_path/'other')
+    assert status == 1 and 'is a run of another configuration' in err.splitlines()[-1]
+
+
 def test_windows_is_refused_in_one_line():
     done = subprocess.run([sys.executable, '-c', "import sys; sys.platform = 'win32'; import marsclr"], capture_output=True, text=True)
     assert 'on Windows, use it in the Windows Subsystem for Linux' in done.stderr.splitlines()[-1]
@@ -170,7 +203,9 @@ def test_the_installed_script_is_what_the_other_tests_call(base, tmp_path):
 
 
 def test_the_commands_are_installed():
-    assert sorted(scripts) == [f'marsclr_{o}' for o in ('bench', 'cluster', 'embed', 'falseneg', 'fetch', 'launch', 'pack', 'pretrain', 'probe', 'reproduce')]
+    names = ('atlas', 'bench', 'cluster', 'embed', 'falseneg', 'fetch', 'launch', 'pack',
+             'pretrain', 'probe', 'reproduce', 'search', 'start')
+    assert sorted(scripts) == [f'marsclr_{name}' for name in names]
 
 
 def test_the_commands_make_what_they_promise(base):
@@ -179,6 +214,7 @@ def test_the_commands_make_what_they_promise(base):
     made = {f'yard.texture.{suffix}' for suffix in ('csv', 'npz', 'png', 'run')}
     assert {o.name for o in base.glob('yard.texture.*')} == made
     assert {o.name for o in (base/'yard.texture.run').iterdir()} - {'checkpoint-before.pt', '.lock'} == {'config.json', 'log.csv', 'checkpoint.pt', 'texture.safetensors', 'clusters.npz'}
+    assert {o.name for o in (base/'features').iterdir()} == {'features.csv', 'features.npy', 'summary.json'}
     assert 0 <= json.loads((base/'run2'/'probe-yard.pack'/'summary.json').read_text())['accuracy'] <= 1
 
 

@@ -31,7 +31,7 @@ def clear_unfinished(
     folder:Path, # the run folder
 ):
     "Remove what a killed run has left half written"
-    for name in ('checkpoint.pt', 'log.csv', 'encoder.safetensors'):
+    for name in ('checkpoint.pt', 'log.csv', 'images.csv', 'encoder.safetensors'):
         for scratch in folder.glob(f'.{name}-????????'):
             if scratch.is_dir(): shutil.rmtree(scratch)
 

@@ -115,7 +115,7 @@ def _step_size(before, after):
 collapsed = .3     # mean similarity of different images, from which on they all look the same
 no_spread = 1e-3
 too_alike = .7     # correlation of two views of one image
-too_different = .2
+too_different = .25
 learned = .1       # similarity of two views of one image above that of different ones
 hardly_moves = 5e-4 # step size
 
@@ -163,8 +163,8 @@ def describe_health(
 def _facts(row):
     "The numbers that a judgement rests on, in words"
     return (f"loss {row['loss']:.2f}, {row['chance']:.2f} if all views were the same; similarity "
-            f"of two views of one image {row['same_image']:.2f}, of different images "
-            f"{row['different']:.2f}; rank of the features {row['rank']:.0f}, "
+            f"of two views of one image {row['same_image']:z.2f}, of different images "
+            f"{row['different']:z.2f}; rank of the features {row['rank']:.0f}, "
             f"spread {row['spread']:.2g}; correlation of views {row['likeness']:.2f}; "
             f"a step moves the weights by {row['step_size']:.1g}")
 

@@ -257,12 +257,13 @@ def check_some_read(self:PackWriter):
 @contextmanager
 def unfinished(
     to:Path, # the folder to make
+    done='what has been decoded', # what stays there when the work is interrupted
 ): # the hidden folder to write to
     "A hidden folder that becomes `to` when the block ends well; on wrong input it is removed"
     check_writable(to)
     folder = to.parent/f'.{to.name}-partial'
     made_for_it = missing_parents(to)
-    kept = f'what has been decoded is in {folder}'
+    kept = f'{done} is in {folder}'
     with file_lock(folder, shown=to), explain_interruption(folder, kept):
         try:
             check_new(to)

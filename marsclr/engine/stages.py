@@ -108,6 +108,6 @@ def why_no_stages(
     before = getattr(encoder, 'trained_at', 0)
     encoder.trained_at = size
     try: Stages(encoder)
-    except MarsclrError as e: return str(e).split(': ')[0]
+    except MarsclrError as e: return str(e).removesuffix(': probe its pooled output')
     finally: encoder.trained_at = before
     return ''
