@@ -39,7 +39,7 @@ WEEKLY = (
     'test_study_training_speed.py::test_does_memory_grow',
     'test_study_training_speed.py::test_from_the_command_line',
     'test_study_training_speed.py::test_larger_pages',
-    'test_study_chain.py::test_which_clusters')
+    'test_study_cluster_study.py::test_the_study')
 
 
 def pytest_collection_modifyitems(items):

@@ -6,7 +6,7 @@ from marsclr import diagnosis
 from marsclr.study.grid import config_of, grid, key, missing, read_cells
 from marsclr.study.homogeneity import gains
 from marsclr.study.purity import break_even, gains_over_dcl
-from marsclr.study.chain import presets
+from marsclr.study.presets import presets
 
 results = Path(__file__).parent.parent/'nbs/results'
 
@@ -24,13 +24,13 @@ def test_the_intervals_hold_the_rates_of_archives_that_the_line_has_not_seen():
     assert table.hold.mean() > .85
 
 
-@pytest.mark.parametrize('path', sorted(o for o in (results/'laptop-msl').glob('*.csv') if o.stem in presets['laptop']['msl']['groups'] and o.stem not in ('fig8', 'cross_validation')), ids=lambda o: o.stem)
+@pytest.mark.parametrize('path', sorted(o for o in (results/'laptop-msl').glob('*.csv') if o.stem in presets['laptop']['msl'].groups and o.stem not in ('fig8', 'cross_validation')), ids=lambda o: o.stem)
 def test_the_cells_are_those_of_the_preset_and_there_is_one_row_for_each(path):
     table, settings = read_cells(path), presets['laptop']['msl']
-    assert set(table.method) <= set(settings['groups'][path.stem]) and set(table.pack) <= set(settings['packs'])
+    assert set(table.method) <= {o.name for o in settings.groups[path.stem]} and set(table.pack) <= set(settings.packs)
     assert not table.duplicated(key).any()
     assert table.config.tolist() == [config_of(o, settings) for o in table.method]
-    asked = grid(settings, [path.stem], settings['packs'])
+    asked = grid(settings, [path.stem], settings.packs)
     assert len(asked) - len(missing(asked, table)) == len(table)
     assert ((table.low <= table.accuracy) & (table.accuracy <= table.high)).all()
 
@@ -44,7 +44,7 @@ def test_the_purity_that_the_diagnosis_asks_for_is_that_of_the_curve():
 def test_blocks_hold_every_labeled_original_once_for_each_encoder():
     table, settings = read_cells(results/'laptop-msl/cross_validation.csv'), presets['laptop']['msl']
     of_cells = table.groupby([*key, 'config'], as_index=False)[['images', 'test_images']].sum()
-    assert set(of_cells.method) <= set(settings['groups']['cross_validation'])
+    assert set(of_cells.method) <= {o.name for o in settings.groups['cross_validation']}
     assert of_cells.config.tolist() == [config_of(o, settings) for o in of_cells.method]
     n = {'MSL v2.1': (2900, 600), 'HiRISE v3.2 subset': (5230, 923)}
     assert [tuple(o) for o in of_cells[['images', 'test_images']].to_numpy()] == [n[o] for o in of_cells['pack']]
@@ -62,7 +62,7 @@ def test_every_encoder_has_learned_something_of_mars_and_the_recommended_one_mos
 def test_the_recommended_recipe_is_the_one_that_val_chose():
     cells = read_cells(results/'laptop-msl/recommended.csv')
     cells = cells[(cells.pack == 'MSL v2.1') & (cells.labels == 100)]
-    assert cells.val_loss.notna().all() and set(cells.method) == set(presets['laptop']['msl']['groups']['recommended'])
+    assert cells.val_loss.notna().all() and set(cells.method) == {o.name for o in presets['laptop']['msl'].groups['recommended']}
     assert cells.groupby('method').val_loss.mean().idxmin() == 'recommended'
 
 

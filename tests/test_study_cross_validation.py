@@ -21,7 +21,8 @@ def test_images_that_must_stay_together():
     tmp = Path(tempfile.mkdtemp())
     yard = write_marsyard(tmp/'yard', n=800, size=64)
     train = (yard/'train-set-v2.1.txt').read_text().splitlines()
-    for name,label in (o.split() for o in train[::4]):
+    for line in train[::4]:
+        name,label = line.split()
         copy = name.replace('.jpg', '-fh.jpg')
         ImageOps.mirror(Image.open(yard/'images'/name)).save(yard/'images'/copy)
         train.append(f'{copy} {label}')
@@ -32,12 +33,15 @@ def test_images_that_must_stay_together():
     blocks = image_blocks(pack.table)
     original = ~is_copy(pack.table)
     assert 700 < original.sum() == 800 < len(original)
-    for sol,i in pack.table.groupby('sol').indices.items(): test_eq(len(set(blocks[i])), 1)
+    for sol,rows in pack.table.groupby('sol').indices.items(): test_eq(len(set(blocks[rows])), 1)
     assert (pack.table.sol.groupby(blocks).min().diff().dropna() > 0).all()
-    orbital = pd.DataFrame(dict(path='a.jpg', sol=-1, sequence=[f'ESP_{i//3}' for i in range(12)]))
-    test_eq(image_blocks(orbital, 2), [0]*6 + [1]*6)
-    with expect_fail(MarsclrError, 'no sol and no sequence'): image_blocks(orbital.assign(sequence=''))
     pd.Series(np.bincount(blocks[original])).describe()[['count', 'min', 'max']]
+
+    orbital = pd.DataFrame(dict(path='a.jpg', sol=-1, sequence=[f'ESP_{i//3}' for i in range(12)]))
+    test_eq(image_blocks(orbital, 'sequence', 2), [0]*6 + [1]*6)
+    with expect_fail(MarsclrError, 'hold no sol'): image_blocks(orbital)
+    with expect_fail(MarsclrError, 'hold no sequence'):
+        image_blocks(orbital.assign(sequence=''), 'sequence')
 
 
 def test_the_probe_of_a_fold():
@@ -65,15 +69,14 @@ def test_the_probe_of_a_fold():
     result = cross_validate(x, pack.table)
     test_eq(result.images.sum(), original.sum())
     test_eq(len(result), 40)
-    with expect_fail(MarsclrError, 'choose a divisor'): cross_validate(x, pack.table, 40, 7)
+    with expect_fail(MarsclrError, 'choose a divisor'): cross_validate(x, pack.table, n_folds=7)
     with expect_fail(MarsclrError, 'no image of the pack has a label'):
         cross_validate(x, pack.table.assign(label=-1))
     total = result.sum()
     print(f'accuracy {total.right/total.images:.1%}, log-loss {total.log_loss/total.known:.3f} nats')
 
     careless = rng.integers(0, 10, len(y))
-    found = [predict_fold(x, y, careless, original, i) for i in range(10)]
-    rows,predicted,_ = map(np.concatenate, zip(*found))
+    rows,predicted,_ = predict_all(x, y, careless, original)
     flattered = (predicted == y[rows]).mean()
     strict = result.right.sum()/result.images.sum()
     assert flattered > strict + .02
@@ -83,18 +86,26 @@ def test_the_probe_of_a_fold():
 def test_the_difference_of_two_encoders_with_one_interval():
     seeds = [1, 1, 2, 2, 3, 3]
     one = pd.DataFrame(dict(seed=seeds, block=[0, 1]*3, images=10, right=[5, 6, 5, 7, 4, 6]))
-    more = paired_gain(one.assign(right=one.right+1), one)
-    test_close(more['gain'], 10, eps=1e-9)
-    test_close(more['half'], 0, eps=1e-9)
-    test_eq(more['seeds'], 3)
+    better = one.assign(right=one.right+1)
+    more,images = block_differences(better, one, 'right')
+    test_eq((more.tolist(), images.tolist()), ([[1, 1]]*3, [10, 10]))
+    gain = paired_gain(better, one)
+    test_close(gain['gain'], 10, eps=1e-9)
+    test_close(gain['half'], 0, eps=1e-9)
+    test_eq(gain['seeds'], 3)
     assert np.isnan(paired_gain(one[one.seed < 3], one)['half'])
     test_eq(paired_gain(one, one.assign(seed=9))['seeds'], 0)
     losses = one.assign(known=5, log_loss=4.)
     test_close(paired_gain(losses, losses.assign(log_loss=3.), 'log_loss')['gain'], 20, eps=1e-9)
-    more
+    gain
 
 
 def test_several_methods_at_once():
+    test_eq(plus_minus(2, .25), '2.0 ± 0.2')
+    test_eq(plus_minus(2, np.nan, '+'), '+2.0')
+    half_tested = pd.DataFrame(dict(test_images=[0, 4], test_right=[0, 3], images=10, right=9))
+    test_eq(official_test(half_tested)[['images', 'right']].to_numpy().tolist(), [[4, 3]])
+
     def blocks_of(method, width, seed):
         "Blocks of an 'encoder': thumbnails along so many random directions"
         directions = np.random.default_rng(seed).normal(size=(x.shape[1], width))
@@ -106,18 +117,23 @@ def test_several_methods_at_once():
     table = pd.concat([blocks_of(method, width, seed)
                        for method,width in widths.items() for seed in range(3)])
     compared = compare_methods(table, '8 directions')
-    gain = paired_gain(*(table[table.method == o] for o in ('64 directions', '8 directions')))
+    wide,narrow = (table[table.method == name] for name in ('64 directions', '8 directions'))
+    gain = paired_gain(wide, narrow)
     assert gain['gain'] > gain['half']
-    test_eq(compared.loc['64 directions', 'accuracy less 8 directions'], plus_minus(gain))
+    test_eq(compared.loc['64 directions', 'accuracy less 8 directions'],
+            plus_minus(gain['gain'], gain['half'], '+'))
     compared
 
-    gain_figure(table.assign(pack='MarsYard'), '8 directions');
+    fig = gain_figure(table.assign(pack='MarsYard'), '8 directions')
+    test_eq([text.get_text() for text in fig.axes[0].get_yticklabels()], ['64 directions'])
 
 
 def test_what_it_can_see_and_what_it_cannot():
     sets = dict(test=dict(images=600, n_blocks=8), all=dict(images=2900, n_blocks=40))
-    tried = pd.DataFrame({(name, s, b): coverage(seed_sd=s, block_sd=b, **of)
-                          for name,of in sets.items() for s in (0, 1, 2) for b in (0, 3)}).T
+    cases = [(name, seed_sd, block_sd) for name in sets for seed_sd in (0, 1, 2) for block_sd in (0, 3)]
+    tried = pd.DataFrame({(name, seed_sd, block_sd):
+                          coverage(seed_sd=seed_sd, block_sd=block_sd, **sets[name])
+                          for name,seed_sd,block_sd in cases}).T
     tried.index.names = ['images', 'seed sd', 'block sd']
     of_all = tried.loc['all']
     assert (of_all.held[:4] > .9).all() and (of_all.half < 2.7).all()

@@ -2,76 +2,96 @@
 # A function is a section of the notebook. They run in order: a name that another section uses too is global.
 import numpy as np, pandas as pd
 from matplotlib import pyplot as plt
-from scipy.stats import t as student
-from marsclr.study.cross_validation import compare_methods, gain_figure
-from marsclr.study.grid import read_cells
-from marsclr.study.methods import Lab, recipe_of
 from marsclr.engine.files import atomic_write
 from marsclr.false_negatives import false_negative_rate, simulate
+from marsclr.study.cross_validation import compare_methods, gain_figure
+from marsclr.study.grid import read_cells
+from marsclr.study.methods import Lab
+from marsclr.study.recipes import aware, base_of, dcl, eq1, recipe_of, settings_of, usual_k
+from marsclr.study.recipes import view_positives
+from marsclr.study.settings import save_figure
+from marsclr.study.summaries import changes, summary
 import shutil, tempfile
 from pathlib import Path
 from fastcore.test import *
 from IPython.utils.capture import capture_output
 from marsclr.study.grid import grid, missing
 from marsclr.study.homogeneity import leaves_pack, yard_pack
+from marsclr.study.recipes import but, domains, random_weights
+from marsclr.study.settings import GridSettings
 from marsclr.study.figures import *
+from marsclr.study.figures import _short_name
 
 
-def test_seeds_and_test_images():
-    test_close(half_width([62., 64., 66.]), 4.3027*2/3**.5, eps=1e-3)
-    assert np.isnan(half_width([64., 66.]))
-    three = pd.DataFrame(dict(
-        method=['eq. 1']*3 + ['DCL']*3, seed=[42, 43, 44]*2, accuracy=[.60, .62, .64, .63, .64, .65],
-        low=.55, high=.65, balanced_accuracy=.3, macro_f1=.3, val_accuracy=.6))
-    gain = paired_differences(three, 'eq. 1').loc['DCL']
-    test_close(gain['mean'], 2, eps=1e-6)
-    test_close(gain.half, 4.3027/3**.5, eps=1e-3)
-    test_eq(len(paired_differences(three, 'mixed-domain')), 0)
-    summary(three).T
-
-
-def test_pictures():
-    global lab, natural, tmp
+def test_opening():
+    global ablations, lab, natural, table, tmp
     tmp = Path(tempfile.mkdtemp())
     small = dict(size=32, homogeneity=.3)
     yard = yard_pack(tmp/'yard.pack', n=160, seed=2, **small)
     pool = yard_pack(tmp/'pool.pack', n=96, seed=1, **small)
     natural = leaves_pack(tmp/'natural.pack', 40, 1, 32)
     tiny = dict(backbone='resnet10t', image_size=32, epochs=1, batch_size=16, warmup=2)
-    ablated = ('', ', temperature=0.5', ', epochs=2', ', layer=layer3')
+    ablated = [eq1, but(eq1, temperature=.5), but(eq1, epochs=2), but(eq1, layer='layer3')]
     groups = dict(
-        fig3={'random weights': [42, 43], 'eq. 1': [42, 43], 'DCL': [42, 43]},
-        fig4={'random weights': [42]}, table2={'natural only': [42]},
-        cross_validation={'random weights': [42, 43], 'DCL': [42, 43]},
-        ablations={f'eq. 1{change}': [42] for change in ablated})
-    settings = dict(
-        size=32, pretrain=tiny, supervised=tiny, k={'pixels + capture': 6}, natural=30, images=40,
-        labels=[10, 100], draws=2, groups=groups)
+        fig3={random_weights: [42, 43], eq1: [42, 43], dcl: [42, 43]},
+        fig4={random_weights: [42]}, table2={'natural only': [42]},
+        cross_validation={random_weights: [42, 43], dcl: [42, 43]},
+        ablations=dict.fromkeys(ablated, [42]))
+    settings = GridSettings(
+        size=32, pretrain=tiny, supervised=tiny, natural=30, images=40, labels=(10, 100), draws=2,
+        k={'pixels + capture': 6}, groups=groups)
     lab = Lab(dict(pool=pool, natural=natural, MarsYard=yard), tmp, settings)
     asked = grid(settings, ['fig3', 'fig4', 'cross_validation', 'ablations'], ['MarsYard'])
     with capture_output(): lab.run(asked)
     table = read_cells(tmp/'fig3.csv')
     ablations = read_cells(tmp/'ablations.csv')
     test_eq(len(missing(asked[asked.group == 'ablations'], ablations)), 0)
+    test_eq(ablations.epochs.tolist(), [1, 1, 2, 1])
 
+
+def test_figure_3_methods():
     fig = method_figure(table, dict(MarsYard={'eq. 1': 30}))
     names = [text.get_text() for text in fig.axes[0].get_yticklabels()]
+    test_eq(names[::-1], val_order(table))
     test_eq(set(names), {'random weights', 'eq. 1', 'DCL'})
 
-    labels_figure(read_cells(tmp/'fig4.csv'));
 
-    names = [f'cluster-aware, pixels + capture, K={k}' for k in (5, 50, 500)]
-    curve = table[table.seed == 42].assign(method=names)
+def test_figure_4_fewer_labels():
+    fig = labels_figure(read_cells(tmp/'fig4.csv'))
+    test_eq(fig.axes[0].get_xticks(), [10, 100])
+
+
+def test_figure_5_how_many_clusters():
+    names = ['cluster-aware, pixels + capture', 'cluster-aware, pixels + capture, K=50', 'DCL']
+    known = with_k(pd.DataFrame(dict(method=names)), {'pixels + capture': 14})
+    test_eq(known.k.tolist()[:2], [14, 50])
+    assert known.k.isna().tolist() == [False, False, True]
+    test_eq(known.family.tolist(), [names[0], names[0], 'DCL'])
+
+    numbers = (5, 50, 1000)
+    names = [but(aware['pixels + capture'], K=k).name for k in numbers]
+    curve = with_k(table[table.seed == 42].assign(method=names), {})
+    test_eq(curve.family.unique().tolist(), ['cluster-aware, pixels + capture'])
     fig = clusters_figure(curve, table[table.method == 'DCL'])
-    test_eq(fig.axes[0].get_xticks(), [5, 50, 500])
+    test_eq(fig.axes[0].get_xticks(), numbers)
 
-    test_eq(ablations.epochs.tolist(), [1, 1, 2, 1])
-    test_eq(ablations.config.nunique(), 4)
-    test_eq(len(list(tmp.glob('eq1*seed42'))), 3)
-    test_eq(compared_with('cluster-aware, capture, refresh=2'), 'cluster-aware, capture')
-    test_eq(compared_with('eq. 1, layer=all'), 'eq. 1')
-    test_eq(compared_with('cluster-aware, capture'), 'eq. 1')
-    ablation_figure(ablations);
+    results = Path('../results/laptop-msl')
+    fig3 = read_cells(results/'fig3.csv')
+    fig = fig5_figure(read_cells(results/'fig5.csv'), fig3)
+    test_eq(fig.axes[0].get_xticks(), [5, 14, 50, 150, 300, 1000])
+    for source,k in usual_k.items():
+        made_of = fig3.clusters[fig3.method == f'cluster-aware, {source}'].unique()
+        assert all(text == f'{source}, K={k}' for text in made_of)
+
+
+def test_ablations():
+    test_eq(_short_name('eq. 1, epochs=24'), 'epochs=24')
+    refreshed = 'eq. 2, view positives, pixels + capture, refresh=2'
+    test_eq(_short_name(refreshed), refreshed)
+
+    fig = ablation_figure(ablations)
+    names = [text.get_text() for text in fig.axes[0].get_yticklabels()]
+    test_eq(set(names), {'temperature=0.5', 'epochs=2', 'layer=layer3'})
 
     gained = changes(ablations)
     by_hand = 100*(ablations.accuracy[2] - ablations.accuracy[0])
@@ -80,8 +100,14 @@ def test_pictures():
 
 
 def test_table_2s_other_column():
+    one_class = pool_rate(np.zeros(40, int), 8)
+    test_eq((one_class['images'], one_class['classes']), (40, 1))
+    test_close(one_class['formula'], 2*7/15, eps=1e-9)
+    unlabeled = pool_rate(np.array([-1]*5 + [0, 0, 1, 1]), 2)
+    test_eq((unlabeled['images'], unlabeled['labeled'], unlabeled['classes']), (9, 4, 2))
+
     natural.table['label'] = 0
-    rates = pool_rates(lab, ['natural only', 'half and half'], 42).set_index('method')
+    rates = pool_rates(lab, domains[1:], 42).set_index('method')
     test_close(rates.formula['natural only'], 2*15/31, eps=1e-9)
     assert rates.formula['half and half'] < rates.formula['natural only']
     assert ((rates.simulated - rates.formula).abs() <= 4*rates.error + 1e-9).all()
@@ -89,11 +115,16 @@ def test_table_2s_other_column():
 
 
 def test_all_at_once():
-    with capture_output() as out: draw_tables(lab, ['fig3', 'ablations', 'cross_validation'])
+    assert set(paper_says) == {'MSL v2.1', 'HiRISE v3.2 subset'}
+    for values in paper_says.values():
+        for method in values: test_eq(recipe_of(method).name, method)
+
+    with capture_output() as out: files = draw_tables(lab, ['fig3', 'ablations', 'cross_validation'])
     assert 'accuracy less DCL' in out.stdout and (tmp/'cross_validation.png').exists()
     assert 'fig3, MarsYard' in out.stdout
     assert 'less DCL' in out.stdout and 'val, gained' in out.stdout
     test_eq((tmp/'fig3.png').read_bytes()[1:4], b'PNG')
-    print(out.stdout[:300])
+    for file in files.split(): assert Path(file).is_file(), file
+    print('\n'.join(line[:90] for line in out.stdout.splitlines()[:4]))
 
     shutil.rmtree(tmp)

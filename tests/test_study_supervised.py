@@ -15,7 +15,9 @@ from marsclr.engine.runs import show_progress
 from marsclr.engine.views import Views
 from marsclr.training import Schedule, adam
 import shutil, tempfile
-import numpy as np
+from types import SimpleNamespace
+import numpy as np, pandas as pd
+from fastcore.test import *
 from IPython.utils.capture import capture_output
 from marsclr.engine.encoders import encode, load_encoder
 from marsclr.linear_evaluation import probe
@@ -24,19 +26,55 @@ from marsclr.study.supervised import *
 
 
 def test_opening():
+    results = Path('../results/laptop-msl')
+    tables = [pd.read_csv(results/f'{group}.csv') for group in ('fig3', 'recommended')]
+    cells = pd.concat(tables)
+    cells = cells[(cells['pack'] == 'MSL v2.1') & (cells.labels == 100)]
+    accuracy = 100*cells.groupby('method').accuracy.mean()
+    shown = ['random weights', 'eq. 1', 'supervised from scratch', 'recommended']
+    test_eq(accuracy[shown].is_monotonic_increasing, True)
+    for method in shown: print(f'{method}: {accuracy[method]:.1f} % of the test images right')
+
+
+def test_one_view_of_each_image():
+    global tmp, yard
     tmp = Path(tempfile.mkdtemp())
     yard = yard_pack(tmp/'yard.pack', n=160, seed=2, size=32, homogeneity=.3)
+    labels = yard.table.label.to_numpy()
+
+    def view_of(epoch):
+        "What the callback hands to the network, and to the loss"
+        callback = LabeledView(Views(24, (.5, 1.), .5), labels)
+        rows = torch.tensor([7, 3])
+        callback.learn = SimpleNamespace(
+            xb=(torch.tensor(yard[[7, 3]]),), yb=(rows,), epoch=epoch)
+        callback.before_batch()
+        return callback.learn.xb[0], callback.learn.yb[0]
+
+    view,target = view_of(epoch=0)
+    test_eq(tuple(view.shape), (2, 3, 24, 24))
+    test_eq(target, torch.tensor(labels[[7, 3]]))
+    test_eq(view_of(epoch=0)[0], view)
+    test_ne(view_of(epoch=1)[0], view)
+
+
+def test_the_run():
+    test_eq(set(labeled_train(yard).table.split), {'train'})
+    unknown = yard.where(np.arange(len(yard)))
+    unknown.table['label'] = -1
+    test_eq(len(labeled_train(unknown)), 0)
+
     options = dict(backbone='resnet10t', image_size=32, epochs=10, batch_size=16, warmup=10)
     with capture_output():
         run = supervised(yard, tmp/'sup', **options)
-        r = probe(encode(load_encoder(run), yard).numpy(), yard.table, yard.classes)
-    largest = np.bincount(r.truth).max()/len(r.truth)
-    assert r.accuracy > largest
-    print(f'{r.accuracy:.2f}, where the largest class alone has {largest:.2f}')
+        result = probe(encode(load_encoder(run), yard).numpy(), yard.table, yard.classes)
+    largest = np.bincount(result.truth).max()/len(result.truth)
+    assert result.accuracy > largest
+    print(f'{result.accuracy:.2f}, where the largest class alone has {largest:.2f}')
 
     weights = (run/'encoder.safetensors').read_bytes()
     (run/'encoder.safetensors').unlink()
     with capture_output(): supervised(yard, tmp/'sup', **options)
-    assert (run/'encoder.safetensors').read_bytes() == weights
+    test_eq((run/'encoder.safetensors').read_bytes() == weights, True)
 
     shutil.rmtree(tmp)

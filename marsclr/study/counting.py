@@ -90,6 +90,7 @@ def counters(
     if not on_gpu(device): return [CountOperations()]
     return [CountOperations(), CountLaunches(), CountWaits()]
 
+# %% ../../nbs/study/counting.ipynb #38f15ad8
 def counted(
     f,            # function without arguments
     device='cpu', # where it computes

@@ -28,6 +28,7 @@ def processor() -> str:
     names = [line.split(':', 1)[1].strip() for line in lines if line.startswith('model name')]
     return names[0] if names else platform.processor()
 
+# %% ../../nbs/study/measuring.ipynb #fef88f9a
 def installed_version(
     package:str,
 ) -> str:
@@ -42,6 +43,7 @@ def on_gpu(
     "Is it one of NVIDIA's GPUs?"
     return torch.device(device).type == 'cuda'
 
+# %% ../../nbs/study/measuring.ipynb #dd5439c8
 def machine(
     device='cpu', # 'cpu' or 'cuda'
 ) -> dict: # column to value
@@ -59,6 +61,7 @@ def wait_for(device):
     "Wait until a GPU has computed everything it was asked for"
     if on_gpu(device): torch.cuda.synchronize()
 
+# %% ../../nbs/study/measuring.ipynb #26136f7e
 def seconds_a_call(
     f,            # function without arguments
     calls:int=1,  # how often to call it
@@ -155,6 +158,7 @@ began = time.perf_counter()
 {measured}
 print(time.perf_counter()-began, highest()-before)"""
 
+# %% ../../nbs/study/measuring.ipynb #0ace7dec
 def ran_out_of_memory(
     done, # a finished process, with its standard error as text
 ) -> bool:

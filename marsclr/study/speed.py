@@ -40,11 +40,13 @@ def our_loss(z, temperature):
     ids = torch.arange(len(z)//2, device=z.device).repeat(2)
     return partial(loss, z, ids)
 
+# %% ../../nbs/study/speed.ipynb #9c1e7924
 def lightly_loss(z, temperature):
     from lightly.loss import NTXentLoss
     loss = NTXentLoss(temperature)
     return partial(loss, *z.chunk(2))
 
+# %% ../../nbs/study/speed.ipynb #0c8f393f
 def metric_learning_loss(z, temperature):
     from pytorch_metric_learning.losses import NTXentLoss
     loss = NTXentLoss(temperature)
@@ -113,6 +115,7 @@ def jpeg(
     image.save(f, 'JPEG', quality=90)
     return f.getvalue()
 
+# %% ../../nbs/study/speed.ipynb #a8a15524
 def from_jpeg(
     file:bytes,
 ) -> Image.Image:
@@ -177,6 +180,7 @@ def kornia_views(
     all_at_once = K.AugmentationSequential(crop, K.RandomHorizontalFlip(), jitter, *last)
     return lambda: all_at_once(images.permute(0, 3, 1, 2)/255)
 
+# %% ../../nbs/study/speed.ipynb #6e3d1276
 def our_views(
     images:torch.Tensor, # (B, S, S, 3) uint8
     size:int,            # side of the views
