@@ -23,7 +23,8 @@ from .engine.atlas_page import (most_on_page, readable, serve_words, thumbnails,
 from .engine.clusters import capture_clusters, feature_clusters
 from .engine.commands import command
 from .engine.encoders import create_encoder, encode, load_encoder, pick_device
-from .engine.files import MarsclrError, atomic_write, check_new, read_json, write_json
+from .engine.files import (MarsclrError, atomic_write, check_new, one_line, read_json,
+                                  write_json)
 from .engine.packing import Pack, load_pack, pack_stem
 from .engine.reading import Reading, read_image
 from .engine.thumbnails import found_figure, map_figure
@@ -237,7 +238,7 @@ def _print_atlas(pack, to, features):
 # %% ../nbs/11_atlas.ipynb #11at002a
 def open_atlas(
     folder, # what `marsclr_atlas` made
-) -> tuple: # (what `atlas.json` holds, the `Pack`, (N, D) features)
+) -> tuple: # (what `atlas.json` holds, the `Pack`, its table on the map, (N, D) features)
     "Read an atlas, and check that its pack and its encoder are still the same"
     told = read_json(Path(folder)/'atlas.json', 'run', 'weights', 'packed', 'images', 'size')
     pack = load_pack(told['packed'])
@@ -247,7 +248,12 @@ def open_atlas(
     if _is_run(told['run']) and _weights_hash(told['run']) != told['weights']:
         raise MarsclrError(f'{told["run"]} has changed since {folder} was made: '
                            'make the atlas again with marsclr_atlas')
-    return told, pack, np.load(Path(folder)/'features.npy')
+    try:
+        features = np.load(Path(folder)/'features.npy')
+        table = pd.read_csv(Path(folder)/'table.csv', encoding_errors='surrogateescape')
+    except (OSError, EOFError, ValueError) as e:
+        raise MarsclrError(f'{folder} is damaged ({one_line(e)}): make the atlas again') from e
+    return told, pack, table, features
 
 # %% ../nbs/11_atlas.ipynb #11at002c
 def encode_file(
@@ -274,7 +280,7 @@ def marsclr_search(
 ):
     "The images of an archive that are most like an image"
     if not atlas: raise MarsclrError('give --atlas: a folder that marsclr_atlas made')
-    told,pack,features = open_atlas(atlas)
+    told,pack,table,features = open_atlas(atlas)
     if not 1 <= n <= len(pack):
         raise MarsclrError(f'--n {n}: give a number between 1 and {len(pack)}, '
                            'the images of the atlas')
@@ -282,7 +288,6 @@ def marsclr_search(
     if to.suffix != '.png': raise MarsclrError(f'--to {to}: give a name that ends in .png')
     check_new(to)
     similarity,rows = nearest(features, encode_file(image, told, pack), n)
-    table = pd.read_csv(Path(atlas)/'table.csv', encoding_errors='surrogateescape')
     fig = found_figure(pack, rows[0], similarity[0])
     with atomic_write(to) as p: fig.savefig(p, format='png')
     plt.close(fig)

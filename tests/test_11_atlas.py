@@ -13,7 +13,7 @@ from marsclr.engine.atlas_page import most_on_page, readable, serve_words, thumb
 from marsclr.engine.clusters import capture_clusters, feature_clusters
 from marsclr.engine.commands import command
 from marsclr.engine.encoders import create_encoder, encode, load_encoder, pick_device
-from marsclr.engine.files import MarsclrError, atomic_write, check_new, read_json, write_json
+from marsclr.engine.files import MarsclrError, atomic_write, check_new, one_line, read_json, write_json
 from marsclr.engine.packing import Pack, load_pack, pack_stem
 from marsclr.engine.reading import Reading, read_image
 from marsclr.engine.thumbnails import found_figure, map_figure
@@ -196,7 +196,7 @@ def test_an_atlas_as_a_folder():
 
 
 def test_search_by_image():
-    told,pack,known = open_atlas(atlas)
+    told,pack,_,known = open_atlas(atlas)
     query = tmp/'yard'/yard.table.path[60]
     similarity,found = nearest(known, encode_file(query, told, pack), 5)
     test_eq(found[0,0], 60)
@@ -219,6 +219,8 @@ def test_search_by_image():
     refuse('--n 0', query, '--atlas', atlas, '-n', 0)
     refuse('ends in .png', query, '--atlas', atlas, '--to', 'found.jpg')
     refuse('exists', query, '--atlas', atlas, '--to', tmp/'found.png')
+    (atlas/'features.npy').write_bytes(b'cut')
+    refuse('is damaged', query, '--atlas', atlas)
     write_json(atlas/'atlas.json', told | dict(images='another'))
     refuse('holds other images', query, '--atlas', atlas)
     shutil.rmtree(tmp)
