@@ -6,7 +6,7 @@
 
 Most aims are a matter of judgement. Three are hard rules, which `.ci/build.py --check` checks too:
 no line of code over WIDTH characters, no cell that mixes imports with other code, and no module
-over MODULE lines. Notebooks that are still to be rewritten are excused from them by NOT_YET.
+over MODULE lines.
 """
 import argparse
 import ast
@@ -28,11 +28,6 @@ TUPLES = 1.5         # assignments to several names in 100 lines of code, at mos
 CHECKS = 2           # checks for each exported cell, at least
 MARKDOWN = 0.8, 1.2  # Markdown cells for each cell of code, at least and at most
 MODULE = 300         # lines of a module, at most
-
-# Still to be rewritten: excused from the hard rules. One that keeps them has to leave this list.
-NOT_YET = (
-    'nbs/11_atlas.ipynb',
-)
 
 
 # --- reading a cell
@@ -144,16 +139,10 @@ def broken_rules(path:Path) -> list[str]:
     if lines > MODULE: res.append(f'its module has {lines} lines, more than {MODULE}')
     return res
 
-def check_styles(root:Path, paths:list[Path], not_yet=NOT_YET) -> list[str]:
-    "Faults of all notebooks of a project, and of the list of those that are excused."
-    res = []
-    names = [path.relative_to(root).as_posix() for path in paths]
-    for name,path in zip(names, paths):
-        broken = broken_rules(path)
-        if name not in not_yet: res += [f'{name}: {fault}' for fault in broken]
-        elif not broken: res.append(f'{name}: keeps the rules: take it off NOT_YET in .ci/style.py')
-    gone = sorted(set(not_yet) - set(names))
-    return res + [f'{name}: on NOT_YET in .ci/style.py, but no notebook' for name in gone]
+def check_styles(root:Path, paths:list[Path]) -> list[str]:
+    "Faults of all notebooks of a project."
+    return [f'{path.relative_to(root).as_posix()}: {fault}'
+            for path in paths for fault in broken_rules(path)]
 
 
 # --- the table

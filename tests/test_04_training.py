@@ -31,6 +31,7 @@ from types import SimpleNamespace
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, timm
 from fastai.callback.core import CancelFitException
 from fastcore.test import *
+from IPython.utils.capture import capture_output
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from marsclr.archives.marsyard import write_marsyard
@@ -186,9 +187,9 @@ def test_one_function_for_all_of_it():
     global plain
     settings = dict(backbone='resnet10t', image_size=32, epochs=2, batch_size=64, temperature=.2,
                     knn=f'{tmp}/pack', device='cpu')
-    run = pretrain(f'{tmp}/pack', f'{tmp}/run', **settings)
+    with capture_output(): run = pretrain(f'{tmp}/pack', f'{tmp}/run', **settings)
     files = {'.lock', 'checkpoint-before.pt', 'checkpoint.pt', 'config.json', 'encoder.safetensors',
-             'log.csv'}
+             'images.csv', 'log.csv'}
     test_eq({path.name for path in run.iterdir()}, files)
     log = pd.read_csv(run/'log.csv')
     log
@@ -209,7 +210,7 @@ def test_what_has_been_learned():
     yard = pack_archive(msl(write_marsyard(tmp/'more', n=512, size=64)), tmp/'more.pack', size=64)
     longer = dict(backbone='test_resnet', image_size=32, epochs=20, batch_size=64, temperature=.2,
                   lr=3e-3, crop_min=.2, colour_strength=.5, device='cpu')
-    run = pretrain(f'{tmp}/more.pack', f'{tmp}/learned', **longer)
+    with capture_output(): run = pretrain(f'{tmp}/more.pack', f'{tmp}/learned', **longer)
     trained = load_encoder(run)
     untrained = build_model(read_json(run/'config.json')).encoder.eval()
     in_train = (yard.table.split == 'train').to_numpy()

@@ -91,7 +91,8 @@ GOOD = ['marsclr_pack msl yard.pack --root yard --size 32', 'marsclr_pack msl ot
         'marsclr_pretrain yard.pack run2 SMALL --loss cluster_aware --clusters found.npz', 'marsclr_probe run2 yard.pack',
         'marsclr_falseneg rates yard.pack --batch 16 --clusters found.npz', 'marsclr_falseneg diagnose yard.pack --batch 16 --alike 5',
         'marsclr_cluster yard.pack,other.pack --source pixels --bursts --clusters 5 --to both.npz', 'marsclr_pretrain yard.pack,other.pack run3 SMALL --loss cluster_aware --clusters both.npz',
-        'marsclr_cluster yard.pack --source pixels --clusters 1 --to one.npz', 'marsclr_embed run yard.pack --to features --device cpu', 'marsclr_pack msl same.pack --root same --size 32']
+        'marsclr_cluster yard.pack --source pixels --clusters 1 --to one.npz', 'marsclr_atlas run yard.pack --clusters 5 --device cpu',
+        'marsclr_embed run yard.pack --to features --device cpu', 'marsclr_pack msl same.pack --root same --size 32']
 
 
 @pytest.fixture(scope='module')
@@ -202,8 +203,8 @@ def test_the_installed_script_is_what_the_other_tests_call(base, tmp_path):
 
 
 def test_the_commands_are_installed():
-    names = ('bench', 'cluster', 'embed', 'falseneg', 'fetch', 'launch', 'pack', 'pretrain', 'probe',
-             'reproduce', 'start')
+    names = ('atlas', 'bench', 'cluster', 'embed', 'falseneg', 'fetch', 'launch', 'pack',
+             'pretrain', 'probe', 'reproduce', 'search', 'start')
     assert sorted(scripts) == [f'marsclr_{name}' for name in names]
 
 

@@ -4,7 +4,7 @@ import hashlib, zipfile
 from dataclasses import dataclass
 import faiss, numpy as np, pandas as pd, torch, torch.nn.functional as F
 from sklearn.decomposition import PCA
-from marsclr.engine.views import resample
+from marsclr.engine.resampling import resample
 from marsclr.engine.files import MarsclrError, atomic_write
 from marsclr.engine.packing import Pack
 import shutil, tempfile
@@ -16,7 +16,7 @@ from marsclr.engine.encoders import create_encoder, encode
 from marsclr.archives.marsyard import write_marsyard
 from marsclr.engine.packing import concat_packs, pack_archive
 from marsclr.engine.clusters import *
-from marsclr.engine.clusters import _first_alike
+from marsclr.engine.clusters import _first_alike, _from_keys
 
 
 def test_one_number_an_image():
@@ -41,6 +41,10 @@ def test_one_number_an_image():
 
 def test_from_file_names_bursts():
     global capture
+    no_pack = pack.where(np.arange(4))
+    test_eq(_from_keys(['b', None, 'a', 'b'], no_pack, 'by hand').ids, [0, 1, 2, 0])
+    test_eq(_from_keys([None]*4, no_pack, 'by hand').k, 4)
+
     capture = capture_clusters(pack)
     test_eq(label_clusters(pack).k, 10)
     biggest = np.bincount(capture.ids).argmax()

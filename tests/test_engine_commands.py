@@ -39,6 +39,11 @@ def test_from_parameters_to_options():
     pasted = parse_options(parser, ['3', '--from', 'mars.png'])
     test_eq(pasted, defaults | dict(radius=3., from_='mars.png'))
 
+    def draw_some(n:int=3): "Draw a few circles"
+
+    several = command_parser(draw_some, 'draw_some')
+    for words in ('-n 5', '--n 5', '--n=5'): test_eq(parse_options(several, words.split()), dict(n=5))
+
     def refused(words):
         with redirect_stderr(io.StringIO()) as said, expect_fail(SystemExit, '2'):
             parse_options(parser, words.split())

@@ -20,7 +20,8 @@ from marsclr.engine.export import *
 def test_two_encoders_as_one():
     global images, pair
     torch.manual_seed(0)
-    one,two = (create_encoder(name).eval() for name in ('resnet10t', 'test_resnet'))
+    one = create_encoder('resnet10t').eval()
+    two = create_encoder('test_resnet').eval()
     assert input_stats(one) != input_stats(two)
     pair = SideBySide(Stages(one), two).eval()
     images,table = marsyard(6, size=64)

@@ -6,6 +6,7 @@ from pathlib import Path
 import pandas as pd
 from filelock import FileLock, Timeout
 import subprocess, sys
+from io import BytesIO
 from unittest.mock import patch
 from fastcore.test import *
 from marsclr.engine.files import *
@@ -136,3 +137,10 @@ def test_text_from_other_programs():
         text.write_bytes(bytes(9))
         with expect_fail(MarsclrError, 'is not a text file'): read_lines(text)
         with expect_fail(MarsclrError, 'nowhere cannot be read: No such file'): read_lines('nowhere')
+
+
+def test_names_that_are_no_utf_8():
+    name = 'caf\udce9.jpg'
+    file = BytesIO(b'path\ncaf\xe9.jpg\n')
+    test_eq(pd.DataFrame(dict(path=[name])).path[0], name)
+    test_eq(pd.read_csv(file, encoding_errors='surrogateescape', dtype=dict(path=str)).path[0], name)

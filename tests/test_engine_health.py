@@ -63,8 +63,8 @@ def test_six_numbers_on_real_images():
 
     real = pd.DataFrame({archive.name: likenesses(archive) for archive in (msl(), hirise())})
     assert (real.loc[['the same', 'large crops']] > .7).all(axis=None)
-    assert real.loc["SimCLR's"].between(.2, .7).all()
-    assert (real.loc['tiny crops'] < .2).all()
+    assert real.loc["SimCLR's"].between(.25, .7).all()
+    assert (real.loc['tiny crops'] < .25).all()
     real.round(2)
 
 

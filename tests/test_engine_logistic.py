@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 import numpy as np
+from fastcore.basics import patch
 from scipy.optimize import minimize
 from scipy.special import log_softmax
 from sklearn.utils.extmath import randomized_svd
@@ -20,11 +21,16 @@ def test_the_objective_and_its_gradient():
     weight = rng.normal(size=(4, 3)).astype(np.float32)
     bias = np.zeros(3, np.float32)
     step = 1e-2*np.eye(4, dtype=np.float32)[:,:1]*np.ones(3, np.float32)
-    value,of_weight,of_bias = objective(weight, bias, x, target, .1)
-    up,_,_ = objective(weight+step, bias, x, target, .1)
-    down,_,_ = objective(weight-step, bias, x, target, .1)
+    of_weight,of_bias = objective(weight, bias, x, target, .1)[1:]
+    up = objective(weight+step, bias, x, target, .1)[0]
+    down = objective(weight-step, bias, x, target, .1)[0]
     test_close((up-down)/2, (of_weight*step).sum(), 1e-4)
     test_close(of_bias.sum(), 0, 1e-6)
+
+    one_image = np.log(np.array([[1, 3]], np.float32))
+    loss,error = mean_loss(one_image, np.eye(2, dtype=np.float32)[[1]])
+    test_close(loss, np.log(4/3), 1e-6)
+    test_close(error, [[.25, -.25]], 1e-6)
 
 
 def test_why_it_is_quick():
@@ -39,11 +45,14 @@ def test_why_it_is_quick():
 
 def test_equal_to_scikit_learn():
     global cs, loose, teach, val, x, y
-    n,d,k = 1500,300,10
+    n = 1500
+    d = 300
+    k = 10
     y = rng.choice(k, n, p=np.arange(1, k+1)/55)
     mixing = rng.normal(size=(d, d))*np.arange(1, d+1)**-.7
     x = ((rng.normal(size=(n, d)) + .7*rng.normal(size=(k, d))[y]) @ mixing.T).astype(np.float32)
-    teach,val = slice(0, 1000),slice(1000, None)
+    teach = slice(0, 1000)
+    val = slice(1000, None)
     cs = [1e-4, 1e-2, 1]
     path = list(logistic_path(x[teach], y[teach], cs, tol=1e-6))
     scaler = StandardScaler().fit(x[teach].astype(float))
@@ -67,7 +76,8 @@ def test_equal_to_scikit_learn():
     assert 3 not in unseen.predict(x[val])
 
     constant = np.hstack([x[:300], np.full((300, 1), 7, np.float32)])
-    one,two = (next(logistic_path(constant, y[:300], [1e-2])) for _ in range(2))
+    one = next(logistic_path(constant, y[:300], [1e-2]))
+    two = next(logistic_path(constant, y[:300], [1e-2]))
     test_eq(one.weight, two.weight)
     test_close(one.weight[-1], 0, 1e-6)
 
@@ -77,5 +87,5 @@ def test_the_choice_of_the_penalty():
     test_eq(best.C, cs[int(np.argmin(loose))])
     test_close(least, min(loose))
     noise = rng.permutation(y)
-    strict,_ = choose_penalty(x[teach], noise[teach], x[val], noise[val])
+    strict = choose_penalty(x[teach], noise[teach], x[val], noise[val])[0]
     assert strict.C < best.C

@@ -45,6 +45,10 @@ def test_a_sample_of_many_bursts():
 
 
 def test_near_duplicates():
+    apart = centred(torch.tensor([[1., 5], [3, 5], [2, 8]]))
+    test_close(apart[0], torch.tensor([-2**-.5, -2**-.5]), eps=1e-6)
+    test_close(apart.norm(dim=1), torch.ones(3), eps=1e-6)
+
     near = near_duplicates(pack, thumbs, 200)
     z = centred(thumbs)
     full = (z @ z.T).fill_diagonal_(-1).max(1)
@@ -62,6 +66,12 @@ def test_near_duplicates():
 
 
 def test_how_near_is_the_nearest_image():
+    torch.manual_seed(7)
+    before = torch.random.get_rng_state()
+    weights = [yardstick().conv1.weight for _ in range(2)]
+    test_eq(weights[0], weights[1])
+    test_eq(torch.random.get_rng_state(), before) # drawing the weights leaves no trace
+
     value = nearest_similarity(pack, 200, 1, device='cpu')
     test_eq(value, nearest_similarity(pack, 200, 1, device='cpu'))
     twice = concat_packs(pack.where(np.arange(50)), pack.where(np.arange(50)))

@@ -15,7 +15,7 @@ import shutil, tempfile
 from textwrap import fill, indent
 from fastcore.test import *
 from marsclr.engine.processes import *
-from marsclr.engine.processes import _defaults
+from marsclr.engine.processes import _defaults, _launch_arguments
 
 
 def test_how_many_and_which_am_i():
@@ -32,6 +32,13 @@ def test_starting_them():
     test_eq('mixed_precision' in _defaults(['--mixed-precision=bf16']), False)
     assert 'main_process_port' not in _defaults(['--num_machines', '2'])
     assert 'num_machines' not in _defaults(['--config_file', 'a.yaml'])
+
+    before = os.environ.pop('ACCELERATE_USE_CPU', None)
+    args = _launch_arguments(['--cpu', '--num_processes', '2', 'program.py'])
+    test_eq((args.cpu, args.multi_gpu, args.num_processes), (False, True, 2))
+    test_eq(os.environ.pop('ACCELERATE_USE_CPU'), 'true')
+    assert _launch_arguments(['--cpu', 'program.py']).cpu
+    if before is not None: os.environ['ACCELERATE_USE_CPU'] = before
 
     tmp = Path(tempfile.mkdtemp())
     launcher = 'from marsclr.engine.processes import marsclr_launch; marsclr_launch()'
@@ -91,6 +98,9 @@ say(everything.tolist(), 'gradient', x.grad.tolist(), 'mean', mean_over_ranks(x.
     assert gather(x) is x
     assert mean_over_ranks(x) is x
 
+    test_eq(my_rows(5), range(5))
+    test_eq(len(my_rows(0)), 0)
+
     parts,ended = in_two("""
 mine = torch.tensor(my_rows(5))*10
 say(mine.tolist(), gather_parts(mine, 5).tolist())
@@ -103,6 +113,9 @@ say(mine.tolist(), gather_parts(mine, 5).tolist())
 
 
 def test_how_they_agree():
+    assert any_rank(True, 'cpu')
+    assert not any_rank(False, 'cpu')
+
     agreed,ended = in_two("""
 first = on_first_rank(lambda: f'I am {rank()}')
 some = any_rank(rank() == 1, 'cpu')

@@ -39,6 +39,12 @@ def test_by_loops():
 
 def test_the_weights_that_are_not_zero():
     global matrix_of_weights
+    taps = np.empty(3, np.float32)
+    fill_taps(taps, 0, .5, 1., 9)
+    test_eq(taps, [.5, .5, 0])
+    fill_taps(taps, 0, .5, 1., 1) # the second pixel lies outside
+    test_eq(taps, [1, 0, 0])
+
     first, weights = triangle_taps(3, 6)
     test_eq(first, [0, 0, 0, 1, 1, 2])
     test_eq(weights[0], [1, .75, .25, .75, .25, 1])
@@ -58,12 +64,26 @@ def test_the_mean_colour_of_a_view():
     test_close(mean_shares(96, 64).sum(), 1, eps=1e-5)
     test_close(torch.from_numpy(mean_shares(90, 32)), matrix_of_weights.mean(0), eps=1e-6)
 
+    total = np.ones(3, np.float32)
+    add_weighted(total, np.float32(.5), np.array([2, 4, 6, 99], np.uint8))
+    test_eq(total, [2, 3, 4])
+
     means = mean_colours(images.numpy(), boxes.numpy(), 64)
     test_close(means, by_matrix.mean((2, 3)).numpy(), eps=1e-3)
     means[0], by_matrix[0].mean((1, 2))
 
 
 def test_a_view_row_by_row():
+    rgb = np.empty((3, 2), np.float32)
+    line = np.array([1, 10, 100, 3, 30, 300], np.float32) # two pixels
+    pick_columns(line, np.array([3, 0], np.uint32), np.ones((1, 2), np.float32), rgb)
+    test_eq(rgb.T, [[3, 30, 300], [1, 10, 100]])
+
+    swapped = np.float32([[0, 1, 0, 5], [1, 0, 0, 0], [0, 0, 1, 0]])
+    one_row = np.empty((3, 2, 2), np.float32)
+    map_colours(rgb, swapped, np.zeros(3, np.float32), np.full(3, 255, np.float32), one_row, 0)
+    test_eq(one_row[:,0].T, [[35, 3, 255], [15, 1, 100]])
+
     by_loops = resample_by_loops(images, boxes, flips, 64)
     test_close(by_loops, by_matrix, eps=1e-2)
     for i in range(20): test_close(by_loops[i], by_torchvision(i), eps=1e-2)

@@ -158,7 +158,7 @@ def test_a_write_that_fails_halfway_leaves_the_checkpoint_before(pack, tmp_path,
     monkeypatch.setattr(torch, 'save', full_disk)
     with pytest.raises(SystemExit) as e: marsclr_pretrain([str(pack), str(run), *SMALL])
     assert e.value.code == f'marsclr_pretrain: {run}/checkpoint.pt cannot be written (OSError: [Errno 28] No space left on device); the last one is intact'
-    assert position(run) == (0, 2) and {o.name for o in run.iterdir()} == {'.lock', 'config.json', 'checkpoint.pt', 'checkpoint-before.pt'}
+    assert position(run) == (0, 2) and {o.name for o in run.iterdir()} == {'.lock', 'config.json', 'images.csv', 'checkpoint.pt', 'checkpoint-before.pt'}
 
 
 def test_a_full_disk_leaves_the_checkpoint_before(pack, alone, tmp_path):
@@ -170,7 +170,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(pack, alone, tmp_path):
     try:
         with pytest.raises(SystemExit, match=f'^marsclr_pretrain: {disk}/run/checkpoint.pt cannot be written [^\n]*$'):
             marsclr_pretrain([str(pack), str(disk/'run'), *SMALL])
-        assert {o.name for o in (disk/'run').iterdir()} == {'.lock', 'config.json', 'checkpoint.pt', 'checkpoint-before.pt'}
+        assert {o.name for o in (disk/'run').iterdir()} == {'.lock', 'config.json', 'images.csv', 'checkpoint.pt', 'checkpoint-before.pt'}
         assert position(disk/'run') == (0, 2) and [load_checkpoint(disk/'run'/o)['step'] for o in ('checkpoint.pt', 'checkpoint-before.pt')] == [2, 1]
     finally: subprocess.run(['umount', disk], check=True)
 

@@ -15,6 +15,7 @@ from marsclr.engine.randomness import epoch_order
 from marsclr.engine.weights import init_file
 from marsclr.linear_evaluation import probe
 from marsclr.study.homogeneity import labeled_yard, yard_pack
+from marsclr.study.settings import open_folder, save_figure
 from marsclr.training import pretrain
 import tempfile
 from dataclasses import replace
@@ -31,7 +32,7 @@ def test_how_long_will_it_take():
 
     speed = views_per_second('resnet10t', 32, views=16, rounds=1)
     assert speed > 0
-    test_eq(expected_seconds(first_settings, 600), (48_000 + 14*2200)/600)
+    test_eq(expected_seconds(first_settings, 600), (48_000 + 16*2200)/600)
     assert expected_seconds(small, speed) < expected_seconds(first_settings, speed)
 
 
@@ -83,7 +84,7 @@ def test_what_they_know():
 
 
 def test_the_command():
-    shown = {name: features[name] for name in ('random weights', 'equation 1')}
+    shown = {name: features[name] for name in names}
     first_figure(pool, pairs, labeled, shown, 3);
 
     with capture_output() as said: made = first(folder/'whole', small)
@@ -96,3 +97,9 @@ def test_the_command():
     with capture_output() as again: first(folder/'whole', small)
     test_eq((folder/'whole'/'ntxent-seed42'/'encoder.safetensors').stat().st_mtime_ns, before)
     test_eq(again.stdout.count('is finished'), 2)
+
+    with capture_output(): again = first_study('marsyard', folder/'study', small, 42)
+    test_eq(again, made.replace('whole', 'study'))
+    larger = replace(small, images=97)
+    with expect_fail(MarsclrError, 'images is 96 there, 97 here'):
+        first_study('marsyard', folder/'study', larger, 42)

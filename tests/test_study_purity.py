@@ -9,6 +9,7 @@ from marsclr.clustering import pair_quality
 from marsclr.engine.clusters import Clusters
 from marsclr.engine.files import MarsclrError, append_rows
 from marsclr.engine.encoders import encode, load_encoder
+from marsclr.study.cross_validation import paired_gain
 from marsclr.study.homogeneity import labeled_yard, yard_pack
 from marsclr.study.settings import asked
 from marsclr.linear_evaluation import probe
@@ -40,6 +41,7 @@ def test_three_ways_to_spoil_classes():
 
 
 def test_a_point_of_the_curve():
+    global tmp
     cells = purity_cells(PuritySettings(
         1, 1, 1, {}, {}, ways=[('wrong', 0), ('cut', 2)], seeds=[1, 2]))
     test_eq(len(cells), 2*(2 + 2*2))
@@ -68,3 +70,54 @@ def test_what_it_says():
                                 how=['', 'wrong']*2, amount=0, purity=1., recall=1.,
                                 accuracy=[.5, .6, .5, .7]))
     test_close(gains_over_dcl(by_hand)[['gain', 'sd']].iloc[0], [15, 50**.5], eps=1e-6)
+
+
+def test_on_mars():
+    whole_curve = pd.read_csv('../results/purity-marsyard.csv')
+    purity_figure(whole_curve);
+
+    gains = gains_over_dcl(whole_curve)
+    aware = gains[gains.method == 'cluster-aware'].set_index(['how', 'amount'])
+    for way in (('wrong', 0), ('merged', 2), ('wrong', 1)):
+        purity,gain,sd = aware.loc[way, ['purity', 'gain', 'sd']]
+        print(f'{way[0]} {way[1]:g}: purity {purity:.2f}, gain {gain:+.1f} ± {sd:.1f} points')
+
+    of_seeds = [break_even(gains_over_dcl(t)) for _,t in whole_curve.groupby('seed')]
+    crossing = f'the mean gain crosses zero at a purity of {break_even(gains):.2f}'
+    print(crossing + '; seed by seed:', *(f'{purity:.2f}' for purity in of_seeds))
+
+    test_close(purity_of(1, 0, .2), 1)
+    test_close(purity_of(.5, .5, .2), .2) # clusters that know nothing
+    test_close(purity_of(.6, .1, .2), .12/.2)
+
+    one_pack = pd.DataFrame(dict(seed=1, block=[0, 1]*2, images=10, right=[5, 5, 6, 7],
+                                 method=['DCL']*2 + ['cluster-aware, pixels']*2))
+    shares = pd.DataFrame(dict(source=['pixels'], k=3, caught=.6, swallowed=.1,
+                               false_negatives_before=.2))
+    tried = gains_on_mars(shares, one_pack, dict(pixels=3))
+    test_eq(list(tried.index), ['pixels']) # no encoder was trained with the true classes here
+    test_close(tried.loc['pixels', ['purity', 'gain']].tolist(), [.6, 15])
+
+    pool_clusters = pd.read_csv('../results/clusters-msl.csv').query("pack == 'pool'")
+    msl_blocks = pd.read_csv('../results/laptop-msl/cross_validation.csv')
+    msl_blocks = msl_blocks[msl_blocks['pack'] == 'MSL v2.1']
+    numbers = {'capture': 0, 'pixels + capture': 14, 'eq. 1 features': 3, 'texture': 150}
+    on_mars = gains_on_mars(pool_clusters, msl_blocks, numbers)
+    assert (on_mars.gain + on_mars.half > -8).all()
+    on_mars.astype(float).round(3)
+
+    t = on_mars.astype(float)
+    fig,ax = plt.subplots(figsize=(5, 2.8), dpi=80, layout='constrained')
+    ax.errorbar(t.purity, t.gain, yerr=t.half, fmt='o', ms=5, capsize=2, color='tab:orange')
+    for source,row in t.iterrows():
+        ax.annotate(source, (row.purity, row.gain), (-9, 0), textcoords='offset points', fontsize=7,
+                    rotation=90, va='center')
+    ax.axhline(0, ls=':', color='grey')
+    ax.set(xlim=(0, 1.05), xlabel='purity of the positive pairs (classes of MSL v1)',
+           ylabel='gain in accuracy over DCL, points');
+
+    above = (on_mars.gain - on_mars.half > 0).sum()
+    below = (on_mars.gain + on_mars.half < 0).sum()
+    print(f'{len(on_mars)} sources: {above} certainly above DCL, {below} certainly below it')
+
+    shutil.rmtree(tmp)

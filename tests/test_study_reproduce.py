@@ -4,7 +4,7 @@ import shutil, time
 from dataclasses import dataclass
 from pathlib import Path
 import pandas as pd
-from marsclr.atlas import draw_maps, is_map_of
+from marsclr.study.maps import draw_maps, is_map_of
 from marsclr.datasets import imagenet
 from marsclr.engine.commands import command
 from marsclr.engine.files import MarsclrError, atomic_write, data_root

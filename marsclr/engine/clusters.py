@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import faiss, numpy as np, pandas as pd, torch, torch.nn.functional as F
 from sklearn.decomposition import PCA
-from .views import resample
+from .resampling import resample
 from .files import MarsclrError, atomic_write
 from .packing import Pack
 
@@ -67,6 +67,7 @@ def _from_keys(keys, pack, source):
     ids = pd.factorize(key.where(key.notna(), nobody_elses))[0].astype(np.int64)
     return Clusters(ids, np.zeros(len(ids), np.float32), source, pack.fingerprint)
 
+# %% ../../nbs/engine/clusters.ipynb #hccl0002
 def capture_clusters(
     pack:Pack, # with capture metadata in its table, and perhaps a column `group`
 ) -> Clusters:
@@ -191,6 +192,7 @@ def central_clusters(
     ids = pd.factorize(key)[0].astype(np.int64)
     return Clusters(ids, clusters.distances, f'{clusters.source}, central {share:g}', clusters.pack)
 
+# %% ../../nbs/engine/clusters.ipynb #hccl0004
 def agreed_clusters(
     a:Clusters,
     b:Clusters, # of the same pack

@@ -25,7 +25,8 @@ def _add_parameter(parser, p, comment):
     option = p.name.rstrip('_')
     kind = dict(type=p.annotation, metavar=option.upper())
     if p.annotation is bool: kind = dict(action='store_true')
-    parser.add_argument(f'--{option}', dest=p.name, default=p.default, help=told, **kind)
+    flags = [f'--{option}'] if len(option) > 1 else [f'-{option}', f'--{option}']
+    parser.add_argument(*flags, dest=p.name, default=p.default, help=told, **kind)
 
 # %% ../../nbs/engine/commands.ipynb #a4f0a878
 def command_parser(

@@ -25,9 +25,8 @@ class SideBySide(nn.Module):
         self.encoders = nn.ModuleList(encoders)
         self.num_features = sum(map(width, encoders))
         self.default_cfg = dict(mean=(0.,)*3, std=(1.,)*3)
-        means,stds = zip(*map(input_stats, encoders))
-        self.register_buffer('means', torch.tensor(means)[:,:,None,None], persistent=False)
-        self.register_buffer('stds', torch.tensor(stds)[:,:,None,None], persistent=False)
+        for name,values in zip(('means', 'stds'), zip(*map(input_stats, encoders))):
+            self.register_buffer(name, torch.tensor(values)[:,:,None,None], persistent=False)
 
     def forward(self,
         x:torch.Tensor, # (B, 3, H, W) in [0, 1]

@@ -226,3 +226,6 @@ def numbered_lines(
 ) -> list: # (line number from 1, text), without the empty lines
     "Lines with the numbers that an editor shows, for messages"
     return [(i, line) for i,line in enumerate(read_lines(path), 1) if line.strip()]
+
+# %% ../../nbs/engine/files.ipynb #f11e5a01
+pd.options.mode.string_storage = 'python'

@@ -115,7 +115,7 @@ def _step_size(before, after):
 collapsed = .3     # mean similarity of different images, from which on they all look the same
 no_spread = 1e-3
 too_alike = .7     # correlation of two views of one image
-too_different = .2
+too_different = .25
 learned = .1       # similarity of two views of one image above that of different ones
 hardly_moves = 5e-4 # step size
 

@@ -57,7 +57,7 @@ def choose_bands(
     bands=(), # three numbers, or one, from 1; or none
 ) -> Values: # with 1 or 3 channels, and perhaps the opacity
     "Some of the bands; more than three are refused where none are chosen"
-    height,width,channels = values.shape
+    channels = values.shape[2]
     if not bands:
         if channels - values.alpha in (1, 3): return values
         example = '3,2,1' if channels > 2 else '1'
@@ -66,7 +66,8 @@ def choose_bands(
     if max(bands) > channels: raise ValueError(f'{values.what}: there is no band {max(bands)}')
     index = np.array(bands) - 1
     def load(): return values.load()[..., index]
-    return Values(values.what, (height, width, len(bands)), values.dtype, load,
+    shape = *values.shape[:2], len(bands)
+    return Values(values.what, shape, values.dtype, load,
                   values.turn, values.missing, values.inverted)
 
 # %% ../../nbs/engine/pixels.ipynb #b63fc256
@@ -81,6 +82,7 @@ def tiff_tags(
     tags.load(f)
     return tags
 
+# %% ../../nbs/engine/pixels.ipynb #hcpi0003
 def _number_type(tags):
     "The type of a TIFF's numbers; None where they are not whole bytes, or complex"
     bits = set(tags.get(258, (1,)))
@@ -111,7 +113,8 @@ def _plane(file, order, tags, row_bytes, pixel_bytes, part):
     "The bytes of a plane, (rows, row_bytes); `part` says which of the strips or tiles are its"
     tiled = 324 in tags
     rows = tags[257]
-    offsets,counts = (324, 325) if tiled else (273, 279)
+    offsets = 324 if tiled else 273
+    counts = 325 if tiled else 279
     new = {256: [row_bytes], 257: [rows], 258: [8], 259: [tags.get(259, 1)], 262: [1], 277: [1],
            offsets: tags[offsets][part], counts: tags[counts][part]}
     if tiled: new |= {322: [tags[322]*pixel_bytes], 323: [tags[323]]}
@@ -142,9 +145,9 @@ def _numbers(
 # %% ../../nbs/engine/pixels.ipynb #9a5e877e
 def _load_tiff(file, order, tags, kind, shape):
     "All numbers of the first page"
-    height,width,channels = shape
-    planes = channels if tags.get(284, 1) == 2 else 1
-    each = channels//planes
+    width = shape[1]
+    planes = shape[2] if tags.get(284, 1) == 2 else 1
+    each = shape[2]//planes
     pixel_bytes = each*kind.itemsize
     tile = tags.get(322, width)
     predictor = tags.get(317, 1) if tags.get(259, 1) in (5, 8, 32946, 50000) else 1
@@ -199,13 +202,13 @@ def _number(text):
 
 def _colours(values, rgb, extra):
     "Grey or RGB, with opacity where the tag ExtraSamples says so; other bands of RGB are left out"
-    height,width,channels = values.shape
+    channels = values.shape[2]
     first = 3 if rgb else 1
     values.alpha = channels > first and extra[:1] == (2,)
     keep = first + values.alpha
     if not (rgb or values.alpha) or channels <= keep: return values
     load_all = values.load
-    values.shape = height, width, keep
+    values.shape = *values.shape[:2], keep
     values.load = lambda: load_all()[...,:keep]
     return values
 
@@ -225,6 +228,7 @@ def _png(
     chunks = _chunk(b'IHDR', head), _chunk(b'IDAT', data), _chunk(b'IEND', b'')
     return b'\x89PNG\r\n\x1a\n' + b''.join(chunks)
 
+# %% ../../nbs/engine/pixels.ipynb #hcpi0001
 def _png_data(file):
     "The compressed bytes of a PNG"
     place = 8

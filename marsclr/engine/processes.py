@@ -96,6 +96,7 @@ def _launch_arguments(argv):
         args.multi_gpu = True  # several processes; the environment says that they use no GPU
     return args
 
+# %% ../../nbs/engine/processes.ipynb #hcpr0002
 def marsclr_launch(argv=None):
     "`accelerate launch` for several CPU processes too; its last line says why it ended"
     args = _launch_arguments(list(sys.argv[1:] if argv is None else argv))
@@ -136,6 +137,7 @@ def gather(
     "Put together what all processes hold; on a single one, `x` itself"
     return x if world_size() == 1 else _Gather.apply(x.contiguous())
 
+# %% ../../nbs/engine/processes.ipynb #hcpr0004
 def mean_over_ranks(
     x:torch.Tensor, # a scalar of this process
 ) -> torch.Tensor: # the mean over processes, with the gradient of this process's own
@@ -153,6 +155,7 @@ def my_rows(
     each = -(-n//world_size())
     return range(n)[rank()*each:(rank()+1)*each]
 
+# %% ../../nbs/engine/processes.ipynb #hcpr0007
 def gather_parts(
     x:torch.Tensor, # the rows of this process, as `my_rows` divides them
     n:int,          # rows in all
@@ -190,6 +193,7 @@ def any_rank(
     dist.all_reduce(highest, dist.ReduceOp.MAX)
     return bool(highest.item())
 
+# %% ../../nbs/engine/processes.ipynb #hcpr000a
 def check_same_on_all(
     value, # anything that can be compared and printed
     what,  # its name

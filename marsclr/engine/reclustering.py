@@ -7,6 +7,7 @@ __all__ = ['BalancedLoader', 'share_reassigned', 'Recluster', 'change_of_cluster
 
 # %% ../../nbs/engine/reclustering.ipynb #ec10a004
 import numpy as np, torch
+from fastcore.basics import patch
 from fastai.callback.core import Callback, CancelValidException
 from scipy.optimize import linear_sum_assignment
 from sklearn.metrics import normalized_mutual_info_score
@@ -25,6 +26,18 @@ def _take_turns(group, need, rng):
     rounds = -(-need//len(group))
     return np.concatenate([rng.permutation(group) for _ in range(rounds)])[:need]
 
+def _shuffled_groups(ids, rng):
+    "The rows of each cluster, in random order"
+    order = rng.permutation(len(ids))
+    by_cluster = order[np.argsort(ids[order], kind='stable')]
+    return np.split(by_cluster, np.cumsum(np.bincount(ids))[:-1])
+
+def _check_batch(images, each, processes):
+    "Refuse a batch that processes cannot share"
+    if images % processes:
+        batch = f'a batch of {images} images ({each} of each cluster)'
+        raise MarsclrError(f'{batch} cannot be divided among {processes} processes')
+
 # %% ../../nbs/engine/reclustering.ipynb #cb93ada5
 class BalancedLoader(PackLoader):
     "Batches of `each` images of every cluster, as a pure function of (clusters, seed, epoch)"
@@ -39,9 +52,7 @@ class BalancedLoader(PackLoader):
         self.ids = ids
         self.each = each
         self.bs = each*(int(ids.max())+1)
-        if self.bs % world_size():
-            batch = f'a batch of {self.bs} images ({each} of each cluster)'
-            raise MarsclrError(f'{batch} cannot be divided among {world_size()} processes')
+        _check_batch(self.bs, each, world_size())
 
     def __len__(self): return max(len(self.pack)//self.bs, 1)
 
@@ -49,10 +60,8 @@ class BalancedLoader(PackLoader):
         epoch:int,
     ) -> np.ndarray: # (batches, K * each) row numbers, cluster by cluster
         rng = np.random.default_rng([self.seed, epoch])
-        order = rng.permutation(len(self.ids))
-        by_cluster = order[np.argsort(self.ids[order], kind='stable')]
-        groups = np.split(by_cluster, np.cumsum(np.bincount(self.ids))[:-1])
-        turns = [_take_turns(group, len(self)*self.each, rng) for group in groups]
+        need = len(self)*self.each
+        turns = [_take_turns(group, need, rng) for group in _shuffled_groups(self.ids, rng)]
         return np.stack([t.reshape(len(self), -1) for t in turns], 1).reshape(len(self), -1)
 
 # %% ../../nbs/engine/reclustering.ipynb #7e070008
@@ -92,21 +101,30 @@ class Recluster(Callback):
         self.dls.train.ids = self.ids
 
     def renew(self):
-        new,_ = self.cluster(self.epoch)
+        new = self.cluster(self.epoch)[0]
         first = self.ids is None
         self.told = (float('nan'), 1.) if first else change_of_clusters(self.ids, new)
         self.ids = new
 
-    def log_row(self):
-        nmi,moved = self.told
-        sizes = np.bincount(self.ids)
-        change = dict(nmi=f'{nmi:.4f}', moved=f'{moved:.4f}')
-        return change | dict(smallest=sizes.min(), largest=sizes.max())
+# %% ../../nbs/engine/reclustering.ipynb #hcre0001
+@patch
+def log_row(self:Recluster):
+    "Columns of the log"
+    nmi,moved = self.told
+    sizes = np.bincount(self.ids)
+    change = dict(nmi=f'{nmi:.4f}', moved=f'{moved:.4f}')
+    return change | dict(smallest=sizes.min(), largest=sizes.max())
 
-    def state(self): return dict(ids=torch.from_numpy(self.ids), told=self.told)
-    def load_state(self, state):
-        self.ids = state['ids'].numpy()
-        self.told = state['told']
+@patch
+def state(self:Recluster):
+    "What a checkpoint keeps"
+    return dict(ids=torch.from_numpy(self.ids), told=self.told)
+
+@patch
+def load_state(self:Recluster, state):
+    "Go on from a checkpoint"
+    self.ids = state['ids'].numpy()
+    self.told = state['told']
 
 # %% ../../nbs/engine/reclustering.ipynb #ec10a011
 def change_of_clusters(
@@ -124,7 +142,10 @@ class ClusterViews(Callback):
         views:Views,  # how to crop
         each:int=4,   # images of a cluster in a batch
         seed:int=42,  # of the draws
-    ): self.views,self.each,self.seed = views,each,seed
+    ):
+        self.views = views
+        self.each = each
+        self.seed = seed
 
     def before_batch(self):
         images = self.xb[0]

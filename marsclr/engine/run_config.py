@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['choices', 'least', 'check_settings', 'check_trainable', 'check_refresh', 'make_config', 'unnamed_settings',
-           'build_model', 'check_same_images', 'write_images', 'train_in_folder']
+           'build_model', 'check_same_images', 'write_images', 'ListImages', 'train_in_folder']
 
 # %% ../../nbs/engine/run_config.ipynb #57702d1d
-import math
+import math, textwrap
 from pathlib import Path
 
 import pandas as pd, torch
+from fastai.callback.core import Callback
 from fastai.learner import Learner
 from fastai.vision.core import imagenet_stats
 from .. import __version__
@@ -163,6 +164,19 @@ def write_images(
     with atomic_write(run/'images.csv') as p:
         table.to_csv(p, index=False, errors='surrogateescape')
 
+# %% ../../nbs/engine/run_config.ipynb #rc000066
+class ListImages(Callback):
+    "List the images of a run when it begins to train"
+    def __init__(self,
+        folder:Path, # of the run
+        pack:Pack,   # what it learns from
+    ):
+        self.folder = folder
+        self.pack = pack
+
+    def before_train(self):
+        if rank() == 0: write_images(self.folder, self.pack)
+
 # %% ../../nbs/engine/run_config.ipynb #b51fbed0
 def train_in_folder(
     learn:Learner, # with a `RunFolder`
@@ -176,16 +190,15 @@ def train_in_folder(
     on_first_rank(lambda: check_same_images(run, pack))
     unfinished = open_run(run, config, later=unnamed_settings(config['loss']))
     if not unfinished: return _say(f'{run} is finished')
-    on_first_rank(lambda: write_images(run, pack))
     copies = describe_copies(pack.table)
     if copies: _say(f'{pack.name}: {copies}')
     if config['init'] != 'random weights': _say(f"{run} begins with {config['init']}")
-    learn.add_cb(Health())
+    learn.add_cbs([Health(), ListImages(run, pack)])
     show_progress(learn).fit(config['epochs'])
     weights = run/'encoder.safetensors'
     if rank() == 0: save_encoder(unwrap_model(learn.model).encoder, weights)
     health = describe_health(run) if rank() == 0 else ''
-    if health: _say(f'{run}: {health}')
+    if health: _say(textwrap.fill(f'{run}: {health}', 98, subsequent_indent='  '))
     if config['timm_options']:
         _say(f"in plain timm: {timm_line(config['backbone'], config['timm_options'], weights)}")
 

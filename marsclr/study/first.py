@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['first_settings', 'other_views', 'first_losses', 'advice', 'FirstSettings', 'views_per_second', 'expected_seconds',
            'false_pairs', 'rate_told', 'first_encoders', 'has_imagenet', 'first_table', 'print_table', 'first_figure',
-           'first']
+           'first', 'first_study']
 
-# %% ../../nbs/study/first.ipynb #fcba4488
+# %% ../../nbs/study/first.ipynb #57fd3052
 import textwrap, time
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,7 @@ from ..engine.randomness import epoch_order
 from ..engine.weights import init_file
 from ..linear_evaluation import probe
 from .homogeneity import labeled_yard, yard_pack
+from .settings import open_folder, save_figure
 from ..training import pretrain
 
 # %% ../../nbs/study/first.ipynb #4df0cab9
@@ -42,7 +43,7 @@ first_settings = FirstSettings(
                   lr=1e-3, optimizer='adamw', schedule='cosine', warmup=20, crop_min=.08,
                   crop_max=.6, colour_strength=.5, device='cpu'))
 
-# %% ../../nbs/study/first.ipynb #263c8e13
+# %% ../../nbs/study/first.ipynb #f22942b3
 def views_per_second(
     backbone:str, # timm name
     size:int,     # side of the views, pixels
@@ -50,15 +51,15 @@ def views_per_second(
     rounds=3,     # that are timed, after one that is not
 ) -> float:
     "How many views this machine takes forward and back in a second"
-    net = create_encoder(backbone).train()
-    x = torch.randn(views, 3, size, size)
+    net = create_encoder(backbone).train().to(memory_format=torch.channels_last)
+    x = torch.randn(views, 3, size, size).contiguous(memory_format=torch.channels_last)
     net(x).sum().backward()
     began = time.perf_counter()
     for _ in range(rounds): net(x).sum().backward()
     return rounds*views/(time.perf_counter()-began)
 
-# %% ../../nbs/study/first.ipynb #a684dbe7
-other_views = 14 # all but the passes of training, as views for each image of both yards
+# %% ../../nbs/study/first.ipynb #f48cad15
+other_views = 16 # all but the passes of training, as views for each image of both yards
 
 def expected_seconds(
     settings:FirstSettings,
@@ -71,11 +72,11 @@ def expected_seconds(
 
 first_losses = {'equation 1': 'ntxent', 'cluster-aware, true classes': 'cluster_aware'}
 
-# %% ../../nbs/study/first.ipynb #c50f4c18
+# %% ../../nbs/study/first.ipynb #2f8a1838
 def false_pairs(
     pool:Pack,       # with true labels
     batch:np.ndarray, # (B,) its rows in a batch
-    n:int=4,         # pairs of each kind, at most
+    n:int=3,         # pairs of each kind, at most
 ) -> dict: # (P, 2) row numbers, of images of one burst, and of one class but two bursts
     "Pairs in a batch that are negatives for equation 1, but show the same thing"
     first,second = np.triu_indices(len(batch), 1)
@@ -163,22 +164,24 @@ def print_table(
           "image's four\nnearest neighbours show its class. One seed: differences within the "
           'intervals say nothing.')
 
-# %% ../../nbs/study/first.ipynb #98e8efa1
+# %% ../../nbs/study/first.ipynb #17d1f0f1
 def first_figure(
     pool:Pack,
     pairs:dict,    # what `false_pairs` gave
     labeled:Pack,
     features:dict, # of the encoders to show, by name
-    classes=5,     # to show
+    rows=5,        # images to ask, each of another class
+    k=3,           # neighbours of each
 ):
     "False negatives above, nearest neighbours below"
-    fig = plt.figure(figsize=(8.2, 6.9), dpi=90, layout='constrained')
-    above,below = fig.subfigures(2, 1, height_ratios=[1.5, classes])
+    fig = plt.figure(figsize=(8.2, 6), dpi=90, layout='constrained')
+    above,below = fig.subfigures(2, 1, height_ratios=[1.3, rows])
     above.suptitle('False negatives: equation 1 pushes these pairs of one batch apart', fontsize=9)
     _draw_pairs(above, pool, pairs)
     label = labeled.table.label.to_numpy()
-    asked = np.array([np.flatnonzero(label == c)[0] for c in np.unique(label)[:classes]])
-    found = {name: nearest_images(x, asked) for name,x in features.items()}
+    classes = np.unique(label)[::2] if label.max() >= 2*rows-1 else np.unique(label)
+    asked = np.array([np.flatnonzero(label == c)[0] for c in classes[:rows]])
+    found = {name: nearest_images(x, asked, k) for name,x in features.items()}
     below.suptitle('Nearest neighbours: green where the class is the same', fontsize=9)
     neighbours_figure(labeled, asked, found, label, below)
     return fig
@@ -194,7 +197,7 @@ def _draw_pairs(fig, pool, pairs):
             ax.set_axis_off()
             ax.set_title(kind, fontsize=7)
 
-# %% ../../nbs/study/first.ipynb #1e850045
+# %% ../../nbs/study/first.ipynb #c65a5a5f
 advice = '''What to try next:
   jupyter lab nbs                    the lessons: what you have just seen, step by step
   marsclr_start FOLDER --minutes 30  the same on your own images, without labels
@@ -224,11 +227,15 @@ def _report(to, pool, pairs, labeled, features, seed):
     table = first_table(features, labeled, seed)
     print()
     print_table(table, (labeled.table.split == 'test').sum())
-    shown = {name: features[name] for name in ('random weights', 'equation 1')}
+    shown = {name: features[name] for name in ('random weights', *first_losses)}
     fig = first_figure(pool, pairs, labeled, shown)
-    with atomic_write(to/'first.png') as p: fig.savefig(p, format='png')
-    plt.close(fig)
+    save_figure(fig, to/'first.png')
     with atomic_write(to/'table.csv') as p: table.to_csv(p, index=False, float_format='%.4f')
     print(f'\nLook at {to}/first.png:\nfalse negatives of one batch, and the nearest neighbours '
           f'of some images before training and after.\n\n{advice}\n')
     return f'{to}/first.png {to}/table.csv'
+
+# %% ../../nbs/study/first.ipynb #6ed4bdc7
+def first_study(data, to, settings, seed):
+    "The preset `first` of `marsclr_reproduce`"
+    with open_folder(to, data, settings): return first(to, settings, seed)

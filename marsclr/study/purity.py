@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['losses_of', 'spoil_classes', 'train_spoiled', 'PuritySettings', 'purity_cells', 'purity_curve', 'gains_over_dcl',
-           'break_even', 'purity_figure']
+           'break_even', 'purity_figure', 'purity_of', 'gains_on_mars']
 
 # %% ../../nbs/study/purity.ipynb #5623440e
 import time
@@ -17,6 +17,7 @@ from ..clustering import pair_quality
 from ..engine.clusters import Clusters
 from ..engine.files import MarsclrError, append_rows
 from ..engine.encoders import encode, load_encoder
+from .cross_validation import paired_gain
 from .homogeneity import labeled_yard, yard_pack
 from .settings import asked
 from ..linear_evaluation import probe
@@ -169,3 +170,29 @@ def purity_figure(
     ax.set(xlabel='purity of the positive pairs', ylabel='gain in accuracy over DCL, points')
     ax.legend(fontsize=7)
     return fig
+
+# %% ../../nbs/study/purity.ipynb #6b0a0042
+def purity_of(
+    caught,   # share of the pairs of one class that share a cluster, in [0, 1]
+    swallowed, # share of the pairs of two classes that do
+    rate,     # share of all pairs that are of one class
+): # in [0, 1]
+    "How many of the pairs that clusters make are of one class"
+    return caught*rate/(caught*rate + swallowed*(1-rate))
+
+# %% ../../nbs/study/purity.ipynb #6b0a0045
+def gains_on_mars(
+    clusters:pd.DataFrame, # sources of clusters on the rovers' pool: source, k and the three shares
+    blocks:pd.DataFrame,   # cross-validation of one labeled pack
+    numbers:dict,          # clusters by source, as the encoders were trained with
+) -> pd.DataFrame: # a row a source: purity, recall, `gain` and `half` (95 %) in points, seeds
+    "What the cluster-aware loss gains on DCL with clusters found on real images"
+    dcl = blocks[blocks.method == 'DCL']
+    rows = {'true classes': dict(purity=1, recall=1)}
+    for source,k in numbers.items():
+        t = clusters[(clusters.source == source) & (clusters.k == k)]
+        purity = purity_of(t.caught, t.swallowed, t.false_negatives_before)
+        rows[source] = dict(purity=purity.mean(), recall=t.caught.mean())
+    for source,row in rows.items():
+        row |= paired_gain(blocks[blocks.method == f'cluster-aware, {source}'], dcl)
+    return pd.DataFrame(rows).T.dropna(subset='gain')

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
-from ..atlas import draw_maps, is_map_of
+from .maps import draw_maps, is_map_of
 from ..datasets import imagenet
 from ..engine.commands import command
 from ..engine.files import MarsclrError, atomic_write, data_root
