@@ -1,6 +1,5 @@
 "The build itself, tried on a toy project."
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -92,19 +91,11 @@ def run_tests(folder, **env):
 def save(folder, text): nbformat.write(notebook(text), folder/'nbs'/'00_toy.ipynb')
 
 
-def excuse(folder, *names):
-    "Let only these notebooks break the rules of style."
-    path = folder/'.ci'/'style.py'
-    listed = f'NOT_YET = {names!r}'
-    path.write_text(re.sub(r'^NOT_YET = \(.*?\)$', listed, path.read_text(), flags=re.M | re.S))
-
-
 @pytest.fixture(scope='module')
 def built(tmp_path_factory):
     "A small project with one lesson and an index, built once."
     folder = tmp_path_factory.mktemp('built')
     shutil.copytree(root/'.ci', folder/'.ci')
-    excuse(folder)
     (folder/'nbs').mkdir()
     (folder/'tests').mkdir()
     shutil.copy(root/'tests'/'conftest.py', folder/'tests')
@@ -214,23 +205,6 @@ def test_a_notebook_that_breaks_a_rule_of_style_is_refused(toy, cell, fault):
     for done in (build(toy, '--check'), style(toy, '--check')):
         assert done.returncode == 1 and done.stderr.startswith(f'nbs/00_toy.ipynb: {fault}'), done.stderr
         assert len(done.stderr.splitlines()) == 1
-
-
-@pytest.mark.parametrize('cell,fault', BREAKS)
-def test_a_notebook_that_is_still_to_be_rewritten_is_excused(toy, cell, fault):
-    excuse(toy, 'nbs/00_toy.ipynb')
-    save(toy, TOY + '\n---\n' + cell)
-    assert build(toy).returncode == 0
-    assert build(toy, '--check').returncode == 0 and style(toy, '--check').returncode == 0
-
-
-def test_the_list_of_excused_notebooks_can_only_shrink(toy):
-    excuse(toy, 'nbs/00_toy.ipynb', 'nbs/01_gone.ipynb')
-    for done in (build(toy, '--check'), style(toy, '--check')):
-        assert done.returncode == 1
-        assert [o.split(': ')[:2] for o in done.stderr.splitlines()] == [
-            ['nbs/00_toy.ipynb', 'keeps the rules'],
-            ['nbs/01_gone.ipynb', 'on NOT_YET in .ci/style.py, but no notebook']]
 
 
 @pytest.mark.parametrize('cell', [
