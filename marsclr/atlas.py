@@ -22,7 +22,8 @@ from .engine.atlas_page import (most_on_page, readable, serve_words, thumbnails,
                                        write_views)
 from .engine.clusters import capture_clusters, feature_clusters
 from .engine.commands import command
-from .engine.encoders import create_encoder, encode, load_encoder, pick_device
+from .engine.embed import named_encoder
+from .engine.encoders import encode, pick_device
 from .engine.files import (MarsclrError, atomic_write, check_new, one_line, read_json,
                                   write_json)
 from .engine.packing import Pack, load_pack, pack_stem
@@ -213,9 +214,7 @@ def atlas_encoder(
     seed:int,     # of random weights
 ): # a network in evaluation mode, images to features
     "The encoder that looks at the archive"
-    if _is_run(run): return load_encoder(run)
-    torch.manual_seed(seed)
-    return create_encoder(backbone if run == 'random' else '', run).eval()
+    return named_encoder(run, '' if run != 'random' else backbone, seed=seed)
 
 def _is_run(run): return run not in ('random', 'imagenet')
 

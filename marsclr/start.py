@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np, pandas as pd, torch
 from matplotlib import pyplot as plt
-from .atlas import map_figure, map_table
+from .atlas import map_table
 from .datasets import Archive, image_folder
 from .diagnosis import diagnose
 from .engine.clusters import capture_clusters, pixel_features
@@ -26,7 +26,8 @@ from .engine.neighbours import nearest_images, neighbours_figure
 from .engine.packing import Pack, load_pack, pack_archive
 from .engine.pairs import nothing_to_learn
 from .engine.runs import open_run
-from .engine.weights import init_file
+from .engine.thumbnails import map_figure
+from .engine.weights import has_imagenet
 from .training import pretrain
 
 # %% ../nbs/start.ipynb #bd7d7336
@@ -122,8 +123,7 @@ def recommended_recipe(
     images:int, # in the archive
 ) -> dict: # for `pretrain`, but the epochs
     "The recipe for an archive, with ImageNet's weights where they are installed"
-    try: recipe = from_imagenet if init_file('imagenet') else None
-    except MarsclrError: recipe = from_random
+    recipe = from_imagenet if has_imagenet() else from_random
     return dict(recipe, batch_size=min(recipe['batch_size'], images//2))
 
 # %% ../nbs/start.ipynb #b88c0c81

@@ -12,7 +12,8 @@ from marsclr.archives.downloads import digest
 from marsclr.engine.atlas_page import most_on_page, readable, serve_words, thumbnails, write_views
 from marsclr.engine.clusters import capture_clusters, feature_clusters
 from marsclr.engine.commands import command
-from marsclr.engine.encoders import create_encoder, encode, load_encoder, pick_device
+from marsclr.engine.embed import named_encoder
+from marsclr.engine.encoders import encode, pick_device
 from marsclr.engine.files import MarsclrError, atomic_write, check_new, one_line, read_json, write_json
 from marsclr.engine.packing import Pack, load_pack, pack_stem
 from marsclr.engine.reading import Reading, read_image
@@ -25,6 +26,7 @@ from marsclr.datasets import msl
 from marsclr.engine.clusters import pixel_features
 from marsclr.engine.packing import pack_archive
 from marsclr.engine.thumbnails import central_images
+from marsclr.engine.encoders import create_encoder
 from marsclr.atlas import *
 
 

@@ -5,7 +5,7 @@ from contextlib import redirect_stdout
 from pathlib import Path
 import numpy as np, pandas as pd, torch
 from matplotlib import pyplot as plt
-from marsclr.atlas import map_figure, map_table
+from marsclr.atlas import map_table
 from marsclr.datasets import Archive, image_folder
 from marsclr.diagnosis import diagnose
 from marsclr.engine.clusters import capture_clusters, pixel_features
@@ -17,7 +17,8 @@ from marsclr.engine.neighbours import nearest_images, neighbours_figure
 from marsclr.engine.packing import Pack, load_pack, pack_archive
 from marsclr.engine.pairs import nothing_to_learn
 from marsclr.engine.runs import open_run
-from marsclr.engine.weights import init_file
+from marsclr.engine.thumbnails import map_figure
+from marsclr.engine.weights import has_imagenet
 from marsclr.training import pretrain
 from PIL import Image
 from fastcore.test import *

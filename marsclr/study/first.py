@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['first_settings', 'other_views', 'first_losses', 'advice', 'FirstSettings', 'views_per_second', 'expected_seconds',
-           'false_pairs', 'rate_told', 'first_encoders', 'has_imagenet', 'first_table', 'print_table', 'first_figure',
-           'first', 'first_study']
+           'false_pairs', 'rate_told', 'first_encoders', 'first_table', 'print_table', 'first_figure', 'first',
+           'first_study']
 
 # %% ../../nbs/study/first.ipynb #57fd3052
 import textwrap, time
@@ -17,11 +17,11 @@ from matplotlib import pyplot as plt
 from ..diagnosis import rate_of
 from ..engine.clusters import capture_clusters, label_clusters
 from ..engine.encoders import create_encoder, encode, load_encoder
-from ..engine.files import MarsclrError, atomic_write
+from ..engine.files import atomic_write
 from ..engine.neighbours import nearest_images, neighbours_alike, neighbours_figure
 from ..engine.packing import Pack
 from ..engine.randomness import epoch_order
-from ..engine.weights import init_file
+from ..engine.weights import has_imagenet
 from ..linear_evaluation import probe
 from .homogeneity import labeled_yard, yard_pack
 from .settings import open_folder, save_figure
@@ -125,11 +125,6 @@ def first_encoders(
         encoders[name] = load_encoder(run)
     if has_imagenet(): encoders['frozen ImageNet network'] = create_encoder(init='imagenet')
     return encoders
-
-def has_imagenet() -> bool:
-    "Are the weights of ImageNet installed?"
-    try: return init_file('imagenet').is_file()
-    except MarsclrError: return False
 
 # %% ../../nbs/study/first.ipynb #a1846864
 def first_table(
