@@ -9,7 +9,8 @@ Some are not run as they stand, and the output says so:
 - `marsclr_bench` measures one round instead of seven, but for its loss, whose largest batch takes minutes: that is only parsed;
 - `marsclr_reproduce` runs to its end without options; with a preset it is stopped soon after its first words, and has to end as a
   stopped command does: one line, status 143;
-- `marsclr_start` trains for seconds, whatever minutes the page gives;
+- `marsclr_start` trains for seconds, whatever minutes the page gives, and once where it is on two pages;
+- `marsclr_pretrain` trains for two epochs, whatever number the page gives;
 - what sets up an environment or opens a window (`pip`, `nbdev_test`, `pytest`, `jupyter`) is left to .ci/run, in whose environment this runs.
 """
 import json, re, signal, subprocess, sys, time
@@ -18,7 +19,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 PATIENCE = 20  # seconds for a preset of marsclr_reproduce, from its first words on
-SHORT = '--minutes .05'  # for marsclr_start
+SHORT = {r'--minutes \S+': '--minutes .05', r'--epochs \d+': '--epochs 2'}
 IMAGES = 144  # one batch of the commands' default 128, and some more
 UNKNOWN = '--unknown'
 
@@ -90,6 +91,11 @@ def run_whole(line, folder):
     check_quiet(line, done.stderr, done)
 
 
+def shortened(line):
+    for pattern, short in SHORT.items(): line = re.sub(pattern, short, line)
+    return line
+
+
 def run_command(line, folder):
     if re.match(r'pip |nbdev_test|pytest |jupyter ', line): return 'left to .ci/run'
     if line.startswith('timm.'):
@@ -101,14 +107,12 @@ def run_command(line, folder):
     if line.startswith('marsclr_reproduce '):
         run_until(line, folder, PATIENCE)
         return f'ran, for {PATIENCE} s at most'
-    if line.startswith('marsclr_start'):
-        run_whole(re.sub(r'--minutes \S+', SHORT, line), folder)
-        return f'ran, with {SHORT}'
     if line.startswith('marsclr_bench'):
         run_whole(f'{line} --rounds 1', folder)
         return 'ran, one round'
-    run_whole(line, folder)
-    return 'ran'
+    short = shortened(line)
+    run_whole(short, folder)
+    return 'ran' if short == line else f'ran, as {short}'
 
 
 def text_of(page):
@@ -118,8 +122,8 @@ def text_of(page):
     return '\n\n'.join(''.join(cell['source']) for cell in cells if cell['cell_type'] == 'markdown') + '\n'
 
 
-def run_page(page, folder):
-    "Run what the page says, and return how many commands ran"
+def run_page(page, folder, started):
+    "Run what the page says, and return how many commands ran; `started` holds the calls of marsclr_start on earlier pages"
     folder.mkdir(parents=True)
     prepare(folder)
     ran = 0
@@ -134,6 +138,8 @@ def run_page(page, folder):
             with script.open('a') as file: file.write(source)
             continue
         for line in commands(source):
+            if line in started: continue
+            if line.startswith('marsclr_start'): started.add(line)
             began = time.perf_counter()
             how = run_command(line, folder)
             print(f'{how} ({time.perf_counter()-began:.0f} s): {line}', flush=True)
@@ -154,7 +160,8 @@ def check_all_named(pages):
 
 def main(folder, pages):
     check_all_named(pages)
-    ran = sum(run_page(page, folder/page.stem) for page in pages)
+    started = set()
+    ran = sum(run_page(page, folder/page.stem, started) for page in pages)
     if ran < 10: sys.exit(f'only {ran} commands of {" ".join(map(str, pages))} ran: has their form changed?')
 
 
