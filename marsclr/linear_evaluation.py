@@ -280,6 +280,7 @@ def marsclr_probe(
     if features is not None: _probe_into(to, features, data, by_image, predict, asked)
     if predict: predict_into(to, of_others, others, Path(predict).name, asked)
 
+# %% ../nbs/05_linear_evaluation.ipynb #718e67ec
 def _probe_into(to, features, pack, by_image, predict, asked):
     "Probe, write the results and print them"
     table = pack.table

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['fewest', 'shared_settings', 'from_random', 'from_imagenet', 'expected', 'check_start', 'start_pack',
            'start_diagnosis', 'say_found', 'share', 'fold', 'recommended_recipe', 'images_per_second', 'make_plan',
-           'say_plan', 'start_training', 'draw_map', 'draw_neighbours', 'start', 'say_made', 'marsclr_start']
+           'say_plan', 'start_training', 'draw_map', 'draw_neighbours', 'say_made', 'start', 'marsclr_start']
 
 # %% ../nbs/start.ipynb #44f29d36
 import io, math, tempfile, textwrap
@@ -148,6 +148,7 @@ def images_per_second(
         run = pretrain(part, f'{folder}/run', epochs=2, **recipe)
         return float(pd.read_csv(run/'log.csv').images_per_s.iloc[-1])
 
+# %% ../nbs/start.ipynb #063ae0c4
 def make_plan(
     pack:Pack,
     recipe:dict,   # for `pretrain`, but the epochs
@@ -164,6 +165,7 @@ def make_plan(
     write_json(path, plan)
     return plan
 
+# %% ../nbs/start.ipynb #0e7ca889
 def say_plan(
     plan:dict,  # what `make_plan` made
     images:int, # in the archive
@@ -239,6 +241,24 @@ def draw_neighbours(
     with atomic_write(path) as p: fig.savefig(p, format='png')
     plt.close(fig)
 
+# %% ../nbs/start.ipynb #b2ab7af5
+def say_made(
+    to:Path,             # folder of the results
+    features:np.ndarray, # (N, width)
+) -> str: # lines of a report
+    "What lies where, and how to go on"
+    name = read_json(to/'run'/'config.json', 'backbone')['backbone']
+    return (f'Made in {to}:\n'
+            '  map.jpg         your archive: similar images near each other, in clusters\n'
+            '  neighbours.png  images with their nearest ones, before training and after\n'
+            f'  features.npy    {features.shape[1]} numbers for each image, in the order of '
+            'images.pack/table.csv\n'
+            '  run/            the encoder, which loads with timm alone:\n'
+            f"    timm.create_model('{name}', num_classes=0,\n"
+            f"                      checkpoint_path='{to}/run/encoder.safetensors')\n"
+            'With some labels, marsclr_pack folder --labels and marsclr_probe tell how good it is; '
+            'more minutes\n(with another --to) tell whether more training helps.')
+
 # %% ../nbs/start.ipynb #05b25a09
 def start(
     folder,        # of images
@@ -263,21 +283,7 @@ def start(
         features = start_training(pack, plan, to, seed)
         table = draw_map(pack, features, to, seed)
         draw_neighbours(pack, features, table, plan, to)
-        print(say_made(to, features, plan))
-
-def say_made(to, features, plan):
-    "What lies where, and how to go on"
-    name = read_json(to/'run'/'config.json', 'backbone')['backbone']
-    return (f'Made in {to}:\n'
-            '  map.jpg         your archive: similar images near each other, in clusters\n'
-            '  neighbours.png  images with their nearest ones, before training and after\n'
-            f'  features.npy    {features.shape[1]} numbers for each image, in the order of '
-            'images.pack/table.csv\n'
-            '  run/            the encoder, which loads with timm alone:\n'
-            f"    timm.create_model('{name}', num_classes=0,\n"
-            f"                      checkpoint_path='{to}/run/encoder.safetensors')\n"
-            'With some labels, marsclr_pack folder --labels and marsclr_probe tell how good it is; '
-            'more minutes\n(with another --to) tell whether more training helps.')
+        print(say_made(to, features))
 
 # %% ../nbs/start.ipynb #30e58d3f
 @command

@@ -31,6 +31,8 @@ def test_a_backbone_by_its_timm_name():
     encoder = create_encoder('resnet18')
     images = torch.randn(4, 3, 64, 64)
     test_eq(encoder(images).shape, (4, 512))
+
+    check_name('resnet18')
     with expect_fail(MarsclrError, "knows no model 'resnet-18'; near to it: resnet18"):
         create_encoder('resnet-18')
     with expect_fail(MarsclrError, "is not read here: give 'resnet18.a1_in1k', and its weights as"):

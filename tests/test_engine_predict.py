@@ -25,6 +25,11 @@ def test_kept():
     probe,loss = choose_penalty(x[teach], y[teach], x[~teach], y[~teach])
     names = [f'class {i}' for i in range(y.max()+1)]
     save_classifier(probe, names, dict(run='pixels', size=32), tmp/'classifier.npz')
+    with np.load(tmp/'classifier.npz') as kept:
+        test_eq(kept['weight'], probe.weight)
+        test_eq(kept['names'].tolist(), names)
+        test_eq(json.loads(str(kept['asked'])), dict(run='pixels', size=32))
+
     again,its_names = load_classifier(tmp/'classifier.npz', dict(run='pixels', size=32))
     test_eq(again.log_probabilities(x), probe.log_probabilities(x))
     test_eq(its_names.tolist(), names)

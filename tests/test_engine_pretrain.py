@@ -7,6 +7,7 @@ from pathlib import Path
 from unittest.mock import patch
 import pandas as pd, torch
 from fastcore.test import *
+from IPython.utils.capture import capture_output
 from marsclr.archives.marsyard import write_marsyard
 from marsclr.datasets import image_folder, msl
 from marsclr.engine.checkpoints import load_checkpoint
@@ -48,7 +49,7 @@ def test_several_processes():
 
 
 def test_the_identity_of_a_run():
-    global clustered, settings
+    global clustered, quietly, settings
     settings = dict(backbone='resnet10t', image_size=32, epochs=2, batch_size=64, temperature=.2,
                     device='cpu')
     run = pretrain(f'{tmp}/pack', f'{tmp}/two', **settings)
@@ -61,8 +62,13 @@ def test_the_identity_of_a_run():
         pretrain(f'{tmp}/pack', f'{tmp}/two', precision=other, **settings)
     pd.Series(config).to_frame('config.json')
 
-    one = pretrain(f'{tmp}/pack', f'{tmp}/one', **settings | dict(epochs=1))
-    longer = pretrain(f'{tmp}/pack', f'{tmp}/one', **settings)
+    def quietly(folder, **options):
+        with capture_output(): return pretrain(f'{tmp}/pack', f'{tmp}/{folder}', **options)
+
+    test_eq(quietly('two', **settings), tmp/'two')
+
+    one = quietly('one', **settings | dict(epochs=1))
+    longer = quietly('one', **settings)
     for a,b in zip(*(load_encoder(run).state_dict().values() for run in (longer, tmp/'two'))):
         test_eq(a, b)
     with expect_fail(MarsclrError, 'epochs is 2 there, 1 here'):
@@ -79,7 +85,7 @@ def test_the_identity_of_a_run():
     given = feature_clusters(pixel_features(pack), pack, 12)
     given.save(tmp/'given.npz')
     clustered = settings | dict(loss='cluster_aware', clusters=f'{tmp}/given.npz', refresh=1)
-    run = pretrain(f'{tmp}/pack', f'{tmp}/followed', **clustered)
+    run = quietly('followed', **clustered)
     last = load_checkpoint(run/'checkpoint.pt')['callbacks']['refresh_clusters']['clusters']
     test_eq(len(last), len(given))
     assert (last.numpy() != given.ids).any()
@@ -94,8 +100,8 @@ def test_the_identity_of_a_run():
 
 def test_a_start_that_is_not_random():
     once = settings | dict(epochs=1)
-    odd = pretrain(f'{tmp}/pack', f'{tmp}/odd', **once | dict(backbone='test_resnet'))
-    still = pretrain(f'{tmp}/pack', f'{tmp}/still', init=f'{tmp}/odd', **once | dict(backbone='', lr=0))
+    odd = quietly('odd', **once | dict(backbone='test_resnet'))
+    still = quietly('still', init=f'{tmp}/odd', **once | dict(backbone='', lr=0))
     first = load_encoder(odd).state_dict()
     last = load_encoder(still).state_dict()
     test_eq(last['conv1.0.weight'], first['conv1.0.weight'])
@@ -113,13 +119,13 @@ def test_a_start_that_is_not_random():
         write_json(run/'config.json', {k: v for k,v in config.items() if k not in later})
 
     forget_settings(tmp/'two')
-    pretrain(f'{tmp}/pack', f'{tmp}/two', **settings)
+    test_eq(quietly('two', **settings), tmp/'two')
     forget_settings(odd)
     with expect_fail(MarsclrError, 'normalisation is'):
         pretrain(f'{tmp}/pack', f'{tmp}/odd', **once | dict(backbone='test_resnet'))
 
     slow = once | dict(backbone='', layer_decay=.7, frozen_norm=True, save_every=1)
-    kept = load_encoder(pretrain(f'{tmp}/pack', f'{tmp}/kept', init=f'{tmp}/odd', **slow)).state_dict()
+    kept = load_encoder(quietly('kept', init=f'{tmp}/odd', **slow)).state_dict()
     test_eq(kept['conv1.1.running_mean'], first['conv1.1.running_mean'])
     assert not torch.equal(kept['conv1.0.weight'], first['conv1.0.weight'])
 

@@ -152,6 +152,10 @@ def test_what_cannot_be_read_goes_to_quarantine():
     test_eq(_reason(FileNotFoundError(2, 'No such file')), 'FileNotFoundError: No such file')
     test_eq(_reason(KeyError(f'{object()} é')), "KeyError: 'file \\xe9'")
 
+    (tmp/'three.png').write_bytes(b'abc')
+    with file_bytes(tmp/'three.png') as content: test_eq(content, b'abc')
+    with expect_fail(ValueError, 'not a regular file'), file_bytes(tmp): pass
+
     (tmp/'broken.jpg').write_bytes(saved(wide.resize((400, 200)), 'JPEG')[:1500])
     (tmp/'cut.tif').write_bytes(files[3][:20000])
     (tmp/'empty.png').touch()

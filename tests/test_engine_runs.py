@@ -7,6 +7,7 @@ import torch
 from fastai.callback.core import Callback
 from fastai.callback.progress import ProgressCallback
 from fastai.learner import Learner
+from fastcore.basics import patch
 from fastcore.imports import noop
 from fastprogress.fastprogress import format_time
 from marsclr.engine.checkpoints import clear_unfinished, load_checkpoint, load_newest
@@ -146,6 +147,14 @@ def test_stopped_and_exactly_there_again():
 
 
 def test_the_same_run_or_another():
+    flat = dict(schedule='constant', epochs=10)
+    assert is_longer(flat, flat | dict(epochs=11))
+    assert not is_longer(flat, flat)
+    assert not is_longer(flat, flat | dict(epochs=9))
+    bent = dict(schedule='cosine', epochs=10)
+    assert not is_longer(bent, bent | dict(epochs=11))
+    assert not is_longer(flat, bent | dict(epochs=11))
+
     assert open_run(tmp/'run', dict(lr=.1, seed=1))
     assert open_run(tmp/'run', dict(lr=.1, seed=1, marsclr='0.2'), later=dict(marsclr='0.1'))
     (tmp/'run/encoder.safetensors').touch()

@@ -35,6 +35,9 @@ def test_one_image_for_each_square_of_a_grid():
     for cluster,image in first.items():
         assert table.distance[image] == table.distance[table.cluster == cluster].min()
 
+    test_eq(_pair_in_order([5, 5, 7, 7], [0, 1, 0, 2]), {5: 0, 7: 2})
+    test_eq(_pair_in_order([5, 7], [0, 0]), {5: 0})
+
     places = grid_places(table, 12)
     assert not places.duplicated().any() and places.col.between(0, 11).all()
     side = np.ptp(table.x)/12
@@ -44,7 +47,6 @@ def test_one_image_for_each_square_of_a_grid():
     assert (moved < 1.51*side).all()
     assert central_images(table).isin(places.index).all()
     test_eq(len(grid_places(table.assign(x=0., y=0.), 12)), 1)
-    test_eq(_pair_in_order([5, 5, 7, 7], [0, 1, 0, 2]), {5: 0, 7: 2})
     f'{len(places)} of {len(table)} images on the map'
 
     strip = strip_places(table)

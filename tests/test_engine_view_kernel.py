@@ -4,12 +4,120 @@ from functools import partial
 from types import SimpleNamespace
 import torch
 import io, os, subprocess, sys, tempfile
+from pathlib import Path
 import matplotlib.pyplot as plt, pandas as pd
 from fastcore.test import *
 from torch.utils._python_dispatch import TorchDispatchMode
 from marsclr.engine.views import Views, denormalise
 from marsclr.engine.view_kernel import *
 from marsclr.engine.view_kernel import triton
+
+
+def test_the_pieces_by_hand():
+    global in_new_process
+    def in_new_process(code, folder, interpret=True):
+        script = Path(folder)/'script.py' # a file, because Triton reads the source of a kernel
+        script.write_text(code)
+        done = subprocess.run([sys.executable, script], cwd=folder, capture_output=True, text=True,
+                              env=os.environ | {'TRITON_INTERPRET': str(int(interpret))})
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    by_hand = """
+import torch, triton, triton.language as tl
+from marsclr.engine.view_kernel import neighbours, resample_block, triangle
+
+@triton.jit
+def look(extents, out, size:tl.constexpr):
+    extent = tl.load(extents)
+    pixel = tl.arange(0, size)
+    centre, first, reach = neighbours(pixel, extent, size)
+    tl.store(out + pixel, centre)
+    tl.store(out + size + pixel, first.to(tl.float32))
+    start = tl.sum(tl.where(pixel == 0, centre, 0.))
+    tl.store(out + 2*size + pixel, triangle(pixel, start, reach, extent))
+
+@triton.jit
+def resample(image, crop, flip, out):
+    pixel = tl.arange(0, 4)
+    height = tl.load(crop)
+    r, g, b = resample_block(pixel, image, 4, 0, 0, height, height, tl.load(flip), 2)
+    tl.store(out + pixel, r)
+    tl.store(out + 4 + pixel, g)
+    tl.store(out + 8 + pixel, b)
+
+def show(kernel, *args, **constants):
+    out = torch.zeros(12)
+    kernel[(1,)](*args, out, **constants)
+    print(*out.tolist())
+
+def numbers(*values, dtype=torch.int32): return torch.tensor(values, dtype=dtype)
+
+show(look, numbers(4), size=2)
+show(look, numbers(2), size=4)
+image = torch.zeros(4, 4, 3, dtype=torch.uint8)
+image[:,:,0] = numbers(0, 70, 140, 210, dtype=torch.uint8)[:,None]
+image[:,:,1] = 7
+image[:,:,2] = numbers(0, 70, 140, 210, dtype=torch.uint8)
+show(resample, image, numbers(4), numbers(False, dtype=torch.bool))
+show(resample, image, numbers(4), numbers(True, dtype=torch.bool))
+"""
+
+    if triton:
+        with tempfile.TemporaryDirectory() as folder: printed = in_new_process(by_hand, folder)
+        smaller, larger, upright, flipped = [list(map(float, line.split())) for line in
+                                             printed.splitlines()]
+        test_close(smaller[:6], [.5, 2.5, 0, 1, .75, .75], eps=1e-6)
+        test_close(larger[:8], [-.25, .25, .75, 1.25, 0, 0, 0, 1], eps=1e-6)
+        test_close(larger[8:], [.75, 0, 0, 0], eps=1e-6)
+        test_close(upright, [50, 50, 160, 160] + [7]*4 + [50, 160, 50, 160], eps=1e-4)
+        test_close(flipped, [50, 50, 160, 160] + [7]*4 + [160, 50, 160, 50], eps=1e-4)
+
+    by_hand = """
+import torch, triton, triton.language as tl
+from marsclr.engine.view_kernel import blend, change_colours, store_colour, turn_hue
+
+@triton.jit
+def change(colours, factor, out, step:tl.constexpr):
+    one = tl.arange(0, 1)
+    r = tl.load(colours + one)
+    g = tl.load(colours + 1 + one)
+    b = tl.load(colours + 2 + one)
+    if step == 3:
+        r, g, b = turn_hue(r, g, b, tl.load(factor))
+    elif step == 4:
+        r, g, b = change_colours(r, g, b, 0., 0., 0., factor, factor, False, True)
+    else:
+        r, g, b = blend(r, g, b, 100., step, tl.load(factor))
+    tl.store(out + one, r)
+    tl.store(out + 1 + one, g)
+    tl.store(out + 2 + one, b)
+
+@triton.jit
+def store(colours, out):
+    place = tl.arange(0, 4)
+    store_colour(out + place, tl.load(colours + place), .5, .25, place < 3)
+
+def numbers(*values): return torch.tensor(values, dtype=torch.float32)
+
+for step, factor in ((0, 2.), (1, .5), (2, 0.), (3, 1/3), (4, 0.)):
+    out = numbers(0, 0, 0)
+    change[(1,)](numbers(10, 20, 30), numbers(factor), out, step=step)
+    print(*out.tolist())
+out = numbers(9, 9, 9, 9)
+store[(1,)](numbers(-5, 127.5, 300, 0), out)
+print(*out.tolist())
+"""
+    if triton:
+        with tempfile.TemporaryDirectory() as folder: printed = in_new_process(by_hand, folder)
+        bright, flat, grey, turned, dropped, stored = [list(map(float, line.split())) for line in
+                                                       printed.splitlines()]
+        test_close(bright, [20, 40, 60], eps=1e-5)
+        test_close(flat, [55, 60, 65], eps=1e-5)
+        test_close(grey, [.2989*10 + .587*20 + .114*30]*3, eps=1e-4)
+        test_close(turned, [30, 10, 20], eps=1e-4)
+        test_close(dropped, grey, eps=1e-4)
+        test_close(stored, [-2, 0, 2, 9], eps=1e-5) # (0, 1/2, 1 less 1/2)/(1/4); the last is outside
 
 
 def test_the_same_views_as_by_the_matrices():
@@ -45,16 +153,9 @@ compare(128, 192, torch.float32, torch.channels_last)
 compare(224, 256, torch.float32, torch.channels_last)
 """
 
-    def in_new_process(code, folder):
-        interpret = str(int(not torch.cuda.is_available()))
-        done = subprocess.run([sys.executable, '-c', code], cwd=folder, capture_output=True, text=True,
-                              env=os.environ | {'TRITON_INTERPRET': interpret})
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
     if triton:
         folder = tempfile.TemporaryDirectory()
-        printed = in_new_process(comparison, folder.name)
+        printed = in_new_process(comparison, folder.name, not torch.cuda.is_available())
         columns = ['view', 'image', 'type', 'difference']
         differences = pd.read_csv(io.StringIO(printed), names=columns)
         test_eq(set(differences['view']), {32, 64, 96, 128, 224})

@@ -20,6 +20,7 @@ from marsclr.engine.runs import open_run
 from marsclr.engine.thumbnails import map_figure
 from marsclr.engine.weights import has_imagenet
 from marsclr.training import pretrain
+import timm
 from PIL import Image
 from fastcore.test import *
 from IPython.utils.capture import capture_output
@@ -97,11 +98,20 @@ def test_the_recipe_and_what_it_brings():
 def test_how_long_it_takes():
     global plan, tiny
     tiny = dict(from_random, backbone='resnet10t', image_size=32, batch_size=16, warmup=0)
-    plan = make_plan(pack, tiny, .05, tmp/'out')
-    told = say_plan(plan, len(pack))
-    print(told)
+    with capture_output(): speed = images_per_second(pack, tiny)
+    assert 0 < speed < 1e6
+
+    names = make_plan.__globals__
+    measured = names['images_per_second']
+    names['images_per_second'] = lambda pack, recipe: 10.
+    ten = [make_plan(pack, tiny, minutes, tmp/f'{minutes} minutes') for minutes in (.01, 1, 2)]
+    names['images_per_second'] = measured
+    test_eq([plan['epochs'] for plan in ten], [1, 9, 18]) # 600 images a minute, of 64
+    with capture_output(): plan = make_plan(pack, tiny, .05, tmp/'out')
     assert plan['epochs'] >= 1 and plan['images_per_s'] > 0
     test_eq(make_plan(pack, tiny, 99, tmp/'out'), plan)
+
+    print(say_plan(plan, len(pack)))
     once = say_plan(plan | dict(epochs=1), 64).split()
     assert 'every image once.' in ' '.join(once)
     slow = say_plan(plan | dict(epochs=12, images_per_s=10.), 100).split()
@@ -133,6 +143,13 @@ def test_two_pictures():
 
 
 def test_all_steps():
+    told = say_made(tmp/'out', features)
+    call = ' '.join(told[told.index('timm.create_model'):].splitlines()[:2])
+    loaded = eval(call).eval()
+    kept = load_encoder(tmp/'out'/'run').state_dict()
+    for name,weight in loaded.state_dict().items(): test_eq(weight, kept[name])
+    assert '512 numbers for each image' in told
+
     with capture_output() as said: start(images, tmp/'all', .05, recipe=tiny, size=48)
     print(said.stdout.replace(f'{tmp}/', ''))
     made = {path.name for path in (tmp/'all').iterdir()}

@@ -23,6 +23,7 @@ from marsclr.datasets import msl
 from marsclr.archives.marsyard import write_marsyard
 from marsclr.engine.packing import pack_archive
 from marsclr.study.cluster_study import *
+from marsclr.study.cluster_study import _random_encoder
 
 
 def test_the_sources():
@@ -34,6 +35,14 @@ def test_the_sources():
         eq1 = pretrain(f'{tmp}/pack', f'{tmp}/eq1', batch_size=64, **tiny)
         texture_clusters(pack, tmp/'texture', k=10, **tiny)
     def features(pack, seed): return source_features(pack, seed, eq1, tmp/'texture')
+
+    def trained(): return load_encoder(eq1)
+    untrained = _random_encoder(trained, 1)
+    other = untrained.state_dict()['conv1.0.weight']
+    test_eq(set(untrained.state_dict()), set(trained().state_dict()))
+    assert not torch.equal(other, trained().state_dict()['conv1.0.weight'])
+    test_eq(_random_encoder(trained, 1).state_dict()['conv1.0.weight'], other)
+    assert not torch.equal(_random_encoder(trained, 2).state_dict()['conv1.0.weight'], other)
 
     seen = {source: f() for source,f in features(pack, 0).items()}
     for x in seen.values(): test_close(x.norm(dim=1), torch.ones(len(pack)), eps=1e-4)
@@ -47,7 +56,7 @@ def test_the_sources():
 
 
 def test_the_table():
-    global ks, table
+    global by_k, ks, table
     test_eq(study_rows(pack, 'yard', 'pixels', [seen['pixels']], [len(pack)], [0]), [])
     row, = study_rows(pack, 'yard', 'pixels', [seen['pixels']], [3], [0])
     test_eq((row['pack'], row['k'], row['clusters']), ('yard', 3, 3))
@@ -71,7 +80,11 @@ def test_the_table():
 
 def test_as_a_picture():
     fig = trade_figure(table)
-    test_eq(len(fig.axes[0].lines), 8+1);
+    test_eq(len(fig.axes[0].lines), 8+1)
+    pixels = fig.axes[0].lines[0] # K = 3, 10 and 30
+    test_eq(pixels.get_label(), 'pixels')
+    test_close(pixels.get_xdata(), 100*by_k.swallowed)
+    test_close(pixels.get_ydata(), 100*by_k.caught)
 
 
 def test_how_many_clusters():
@@ -79,6 +92,13 @@ def test_how_many_clusters():
     assert (rule.gain <= rule.best_gain).all()
     test_eq(set(rule.picked) <= set(ks), True)
     rule.round(2)
+
+    few = pd.DataFrame(dict(pack='yard', source=['pixels']*4 + ['capture'], k=[3, 3, 10, 10, 0],
+                            stability=[.9, .9, .5, .5, np.nan], caught=[.6, .8, .5, .7, .1],
+                            swallowed=[.5, .5, .1, .1, 0]))
+    rule, = k_rule(few).to_dict('records')
+    test_eq((rule['picked'], rule['best']), (3, 10))
+    test_close((rule['gain'], rule['best_gain']), (.2, .5))
 
 
 def test_the_study():

@@ -55,10 +55,29 @@ def test_figure_3_methods():
     test_eq(names[::-1], val_order(table))
     test_eq(set(names), {'random weights', 'eq. 1', 'DCL'})
 
+    few = pd.DataFrame(dict(method=['eq. 1', 'eq. 1', 'DCL'], pack='yard', accuracy=[.5, .7, .4],
+                            low=[.4, .6, .3], high=[.6, .8, .5], val_accuracy=[.5, .5, .6],
+                            majority=.25))
+    test_eq(val_order(few), ['DCL', 'eq. 1'])
+    ax = method_figure(few, dict(yard={'eq. 1': 75})).axes[0]
+    drawn = [np.round(line.get_xdata(), 6).tolist() for line in ax.lines]
+    test_eq(drawn, [[50, 70], [60], [50, 70], [75], [30, 50], [40], [40], [25, 25]])
+    test_eq([text.get_text() for text in ax.get_yticklabels()], ['eq. 1', 'DCL'])
+    heights = [float(line.get_ydata()[0]) for line in ax.lines[:-1]]
+    test_eq(heights, [0, 0, 0, 0, 1, 1, 1])
+
 
 def test_figure_4_fewer_labels():
     fig = labels_figure(read_cells(tmp/'fig4.csv'))
     test_eq(fig.axes[0].get_xticks(), [10, 100])
+
+    draws = pd.DataFrame(dict(method='eq. 1', pack='yard', labels=[10]*11 + [100],
+                              accuracy=[*np.arange(11)/10, .8]))
+    ax = labels_figure(draws).axes[0]
+    test_close(ax.lines[0].get_ydata(), [50, 80])
+    corners = ax.collections[0].get_paths()[0].vertices
+    left = corners[corners[:,0] == 10, 1]
+    test_close((left.min(), left.max()), (10, 90))
 
 
 def test_figure_5_how_many_clusters():
@@ -74,6 +93,15 @@ def test_figure_5_how_many_clusters():
     test_eq(curve.family.unique().tolist(), ['cluster-aware, pixels + capture'])
     fig = clusters_figure(curve, table[table.method == 'DCL'])
     test_eq(fig.axes[0].get_xticks(), numbers)
+
+    few = pd.DataFrame(dict(family='f', pack='yard', k=[2, 2, 8], accuracy=[.4, .6, .7],
+                            val_accuracy=[.3, .5, .9]))
+    dcls = pd.DataFrame(dict(method='DCL', pack='yard', accuracy=[.5, .6]))
+    ax = clusters_figure(few, dcls).axes[0]
+    drawn = [np.round(line.get_ydata(), 6).tolist() for line in ax.lines]
+    test_eq(drawn, [[50, 70], [40, 60, 70], [40, 90], [30, 50, 90], [55, 55]])
+    labels = [line.get_label() for line in ax.lines]
+    test_eq([labels[1], labels[3], labels[4]], ['f, test', 'f, val', 'DCL, test'])
 
     results = Path('../results/laptop-msl')
     fig3 = read_cells(results/'fig3.csv')

@@ -48,7 +48,8 @@ def test_two_images_that_are_pushed_apart():
         assert np.isin(some, batch).all()
         test_eq(label[some[:,0]], label[some[:,1]])
     bursts = capture_clusters(pool).ids
-    one_class = pairs['of one class']
+    of_burst,one_class = pairs.values()
+    test_eq(bursts[of_burst[:,0]], bursts[of_burst[:,1]])
     assert (bursts[one_class[:,0]] != bursts[one_class[:,1]]).all()
 
     told = rate_told(pool, 64)

@@ -105,11 +105,21 @@ def test_as_a_picture():
     test_close(g.loc[(2, 'DCL'), 'same'], by_hand['DCL'] - by_hand['eq. 1'], eps=1e-6)
     assert 'eq. 1' not in g.index.get_level_values('method')
 
+    two = pd.DataFrame(dict(classes=2, burst=1, seed=[1, 1, 2, 2], method=['eq. 1', 'DCL']*2,
+                            before=.25, own=[.5, .6, .1, .3], same=[.5, .4, .9, .8]))
+    paired, = gains(two).to_dict('records')
+    test_eq((paired['method'], paired['before']), ('DCL', 25))
+    test_close((paired['own'], paired['own_sd']), (15, 50**.5), eps=1e-6)
+    test_close((paired['same'], paired['same_sd']), (-10, 0), eps=1e-6)
+
 
 def test_the_whole_curve():
     whole = pd.read_csv('../results/homogeneity-marsyard.csv')
     fig = curve_figure(whole)
     test_eq([ax.get_title() for ax in fig.axes][2], "the pool's own classes")
+    ideal = gains(whole).query("method == 'eq. 2, view positives, true classes' and burst == 1")
+    of_ideal = [line for line in fig.axes[2].lines if line.get_color() == 'tab:red'][0]
+    test_close(of_ideal.get_ydata(), ideal.sort_values('before').own)
 
     mean = gains(whole).groupby('method')[['own', 'same']].mean()
     assert mean.loc['eq. 2, view positives, true classes'].abs().max() < 1

@@ -10,11 +10,17 @@ from marsclr.study.data_sets import make_packs, natural, open_pack
 from marsclr.study.homogeneity import yard_pack
 from marsclr.study.settings import open_folder
 import tempfile
+from types import SimpleNamespace
+from unittest.mock import patch
 from fastcore.test import *
 from marsclr.study.references import *
 
 
 def test_yards_to_learn_from():
+    lowest = SimpleNamespace(uniform=lambda low, high: low, choice=lambda values: values[-1])
+    test_eq(draw_yard(lowest, 5), dict(n=1200, n_classes=2, burst=8., imbalance=1.5, homogeneity=.6,
+                                       seed=105))
+
     yards = pd.DataFrame(reference_yards())
     test_eq(yards.to_dict(), pd.DataFrame(reference_yards()).to_dict())
     assert yards.n_classes.between(2, 120).all() and yards.seed.is_unique
@@ -27,6 +33,21 @@ def test_all_archives():
     with tempfile.TemporaryDirectory() as folder:
         small = [dict(n=8, seed=1), dict(n=8, seed=2)]
         test_eq([pack.name for pack in yard_packs(Path(folder), small, 24)], ['yard 24', 'yard 25'])
+
+    asked = []
+    def stand_in(archives):
+        asked.append(archives)
+        return pd.DataFrame(dict(family=['yard'], rate=[1/3]))
+
+    instead = dict(reference_archives=lambda to, size: ('to learn from', 'to test'),
+                   references=stand_in, judge=lambda table, tests: table.assign(judged=tests))
+    with tempfile.TemporaryDirectory() as folder, patch.dict(run_references.__globals__, instead):
+        to = Path(folder)/'study'
+        for _ in range(2): found = run_references('msl', to, ReferenceSettings(96))
+        test_eq((to/'references.csv').read_text(), 'family,rate\nyard,0.33333\n')
+        test_eq((to/'diagnosis.csv').read_text(), 'family,rate,judged\nyard,0.33333,to test\n')
+    test_eq(asked, ['to learn from'])
+    test_eq(found.judged.tolist(), ['to test'])
 
 
 def test_what_came_out():

@@ -45,6 +45,7 @@ def create_encoder(
     encoder.trained_at = size_told(init)
     return encoder if init == 'random' else load_init(encoder, init)
 
+# %% ../../nbs/engine/encoders.ipynb #2fcc50b6
 def check_name(
     name:str, # of a timm model
 ):

@@ -29,6 +29,7 @@ def save_classifier(
                    asked=json.dumps(asked))
     with atomic_write(path) as p, open(p, 'wb') as f: np.savez(f, **arrays)
 
+# %% ../../nbs/engine/predict.ipynb #b4ff15f0
 def load_classifier(
     path,       # what `save_classifier` wrote
     asked:dict, # what the features are of that it is to classify

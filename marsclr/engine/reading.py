@@ -276,6 +276,7 @@ def file_bytes(path):
         with open(path, 'rb', buffering=0) as f: file = f.read(info.st_size)
         yield file
 
+# %% ../../nbs/engine/reading.ipynb #6b3b7988
 Read = namedtuple('Read', 'pixels sha256 reason places shape')
 
 def read_pieces(

@@ -154,6 +154,7 @@ def _some(images, what):
     "How many, and the first of them"
     return f'{len(images)} {what}' + f', such as {images[0][0]}'*bool(images)
 
+# %% ../../nbs/engine/run_config.ipynb #2951d7fa
 def write_images(
     run:Path,  # the run folder
     pack:Pack, # what it learns from

@@ -15,6 +15,7 @@ import torch
 from fastai.callback.core import Callback
 from fastai.callback.progress import ProgressCallback
 from fastai.learner import Learner
+from fastcore.basics import patch
 from fastcore.imports import noop
 from fastprogress.fastprogress import format_time
 from .checkpoints import clear_unfinished, load_checkpoint, load_newest
@@ -79,37 +80,47 @@ class RunFolder(RunCallback):
 
     def after_fit(self): self.learn.first_epoch = 0
 
-    def look(self):
-        losses = torch.stack(self.unseen)
-        self.unseen = []
-        self.so_far.total += losses.sum()
-        if not self.so_far.total.isfinite():
-            raise MarsclrError(f'{describe_explosion(self.learn, losses, self.so_far.steps)}; '
-                               f'{self.path} is as the last checkpoint left it')
-        self.asked = any_rank(bool(self.learn.asked_to_stop), self.dls.device)
-        return self.asked
+# %% ../../nbs/engine/runs.ipynb #a3a3820c
+@patch
+def look(self:RunFolder) -> bool: # is the run to stop?
+    "Refuse a loss that is not finite, and ask all processes whether to stop"
+    losses = torch.stack(self.unseen)
+    self.unseen = []
+    self.so_far.total += losses.sum()
+    if not self.so_far.total.isfinite():
+        raise MarsclrError(f'{describe_explosion(self.learn, losses, self.so_far.steps)}; '
+                           f'{self.path} is as the last checkpoint left it')
+    self.asked = any_rank(bool(self.learn.asked_to_stop), self.dls.device)
+    return self.asked
 
-    def stop(self, epoch, step):
-        by = signal.Signals(self.learn.asked_to_stop or signal.SIGTERM)
-        raise Stopped(f'{self.path} stopped by {by.name} before epoch {epoch}, step {step}: '
-                      'the same command goes on from there', by)
+@patch
+def stop(self:RunFolder, epoch, step):
+    "End the run, and say where it goes on"
+    by = signal.Signals(self.learn.asked_to_stop or signal.SIGTERM)
+    raise Stopped(f'{self.path} stopped by {by.name} before epoch {epoch}, step {step}: '
+                  'the same command goes on from there', by)
 
-    def save(self, epoch, step): # the position to go on from
-        if rank(): return
-        state = run_state(self.learn, self.so_far, epoch, step)
-        bad = next((k for k,v in state['model'].items() if not v.isfinite().all()), None)
-        if bad:
-            where = f'epoch {self.epoch}, step {self.so_far.steps}'
-            raise MarsclrError(f'{bad} is not finite after {where}: '
-                               'lower the learning rate or take fp32; '
-                               f'{self.path} is as the last checkpoint left it')
-        write_checkpoint(state, self.path)
+# %% ../../nbs/engine/runs.ipynb #f4c28016
+@patch
+def save(self:RunFolder, epoch, step):
+    "Write a checkpoint; the epoch and the step are those to go on with"
+    if rank(): return
+    state = run_state(self.learn, self.so_far, epoch, step)
+    bad = next((k for k,v in state['model'].items() if not v.isfinite().all()), None)
+    if bad:
+        where = f'epoch {self.epoch}, step {self.so_far.steps}'
+        raise MarsclrError(f'{bad} is not finite after {where}: '
+                           'lower the learning rate or take fp32; '
+                           f'{self.path} is as the last checkpoint left it')
+    write_checkpoint(state, self.path)
 
-    def load(self, path):
-        state = load_checkpoint(path)
-        try: self.so_far = load_run_state(self.learn, state)
-        except (RuntimeError, KeyError, ValueError, TypeError, AttributeError, IndexError) as e:
-            raise MarsclrError(f'{path} is not a checkpoint of this run ({one_line(e)})') from e
+@patch
+def load(self:RunFolder, path):
+    "Put the run where a checkpoint was written"
+    state = load_checkpoint(path)
+    try: self.so_far = load_run_state(self.learn, state)
+    except (RuntimeError, KeyError, ValueError, TypeError, AttributeError, IndexError) as e:
+        raise MarsclrError(f'{path} is not a checkpoint of this run ({one_line(e)})') from e
 
 # %% ../../nbs/engine/runs.ipynb #5a5f9ec8
 def run_state(
@@ -188,6 +199,7 @@ def _open_run(run, config, result, later):
     else: write_json(path, config)
     return not (run/result).is_file()
 
+# %% ../../nbs/engine/runs.ipynb #a9f281dc
 def is_longer(
     there:dict, # the configuration of a run
     here:dict,  # what is asked for

@@ -19,6 +19,17 @@ def central_images(
     "The image nearest to the centre of each cluster"
     return table.groupby('cluster').distance.idxmin()
 
+# %% ../../nbs/engine/thumbnails.ipynb #ef62ad57
+def _pair_in_order(images, squares):
+    "The square of each image, where the first pairs have the first choice"
+    square_of = {}
+    taken = set()
+    for image,square in zip(images, squares):
+        if image in square_of or square in taken: continue
+        square_of[image] = square
+        taken.add(square)
+    return square_of
+
 # %% ../../nbs/engine/thumbnails.ipynb #thum000b
 def grid_places(
     table:pd.DataFrame, # x, y, cluster and distance of each image
@@ -37,16 +48,6 @@ def grid_places(
     square_of = _pair_in_order(images[order], near[order])
     places = squares[list(square_of.values())]
     return pd.DataFrame(places, columns=['row', 'col'], index=table.index[list(square_of)])
-
-def _pair_in_order(images, squares):
-    "The square of each image, where the first pairs have the first choice"
-    square_of = {}
-    taken = set()
-    for image,square in zip(images, squares):
-        if image in square_of or square in taken: continue
-        square_of[image] = square
-        taken.add(square)
-    return square_of
 
 # %% ../../nbs/engine/thumbnails.ipynb #thum000f
 def strip_places(

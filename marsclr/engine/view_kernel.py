@@ -110,6 +110,7 @@ def blend(
     pull = (1 - factor)*target
     return factor*r + pull, factor*g + pull, factor*b + pull
 
+# %% ../../nbs/engine/view_kernel.ipynb #8d20d58d
 @jit
 def turn_hue(
     r, g, b, # colours

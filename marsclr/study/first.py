@@ -159,6 +159,18 @@ def print_table(
           "image's four\nnearest neighbours show its class. One seed: differences within the "
           'intervals say nothing.')
 
+# %% ../../nbs/study/first.ipynb #08471d43
+def _draw_pairs(fig, pool, pairs):
+    "Pairs side by side, under their kind"
+    axs = fig.subplots(1, sum(map(len, pairs.values())), squeeze=False)[0]
+    axs = iter(axs)
+    for kind,some in pairs.items():
+        for pair in some:
+            ax = next(axs)
+            ax.imshow(np.concatenate(list(pool[pair].numpy()), axis=1))
+            ax.set_axis_off()
+            ax.set_title(kind, fontsize=7)
+
 # %% ../../nbs/study/first.ipynb #17d1f0f1
 def first_figure(
     pool:Pack,
@@ -181,23 +193,27 @@ def first_figure(
     neighbours_figure(labeled, asked, found, label, below)
     return fig
 
-def _draw_pairs(fig, pool, pairs):
-    "Pairs side by side, under their kind"
-    axs = fig.subplots(1, sum(map(len, pairs.values())), squeeze=False)[0]
-    axs = iter(axs)
-    for kind,some in pairs.items():
-        for pair in some:
-            ax = next(axs)
-            ax.imshow(np.concatenate(list(pool[pair].numpy()), axis=1))
-            ax.set_axis_off()
-            ax.set_title(kind, fontsize=7)
-
-# %% ../../nbs/study/first.ipynb #c65a5a5f
+# %% ../../nbs/study/first.ipynb #17b38f8f
 advice = '''What to try next:
   jupyter lab nbs                    the lessons: what you have just seen, step by step
   marsclr_start FOLDER --minutes 30  the same on your own images, without labels
   marsclr_reproduce --preset smoke   the paper's chain, with clusters that are found'''
 
+# %% ../../nbs/study/first.ipynb #0f5308e8
+def _report(to, pool, pairs, labeled, features, seed):
+    "Print and write what came out"
+    table = first_table(features, labeled, seed)
+    print()
+    print_table(table, (labeled.table.split == 'test').sum())
+    shown = {name: features[name] for name in ('random weights', *first_losses)}
+    fig = first_figure(pool, pairs, labeled, shown)
+    save_figure(fig, to/'first.png')
+    with atomic_write(to/'table.csv') as p: table.to_csv(p, index=False, float_format='%.4f')
+    print(f'\nLook at {to}/first.png:\nfalse negatives of one batch, and the nearest neighbours '
+          f'of some images before training and after.\n\n{advice}\n')
+    return f'{to}/first.png {to}/table.csv'
+
+# %% ../../nbs/study/first.ipynb #c65a5a5f
 def first(
     to:Path,       # folder for everything that is made
     settings:FirstSettings,
@@ -216,19 +232,6 @@ def first(
     encoders = first_encoders(pool, to, settings, seed)
     features = {name: encode(encoder, labeled) for name,encoder in encoders.items()}
     return _report(to, pool, pairs, labeled, features, seed)
-
-def _report(to, pool, pairs, labeled, features, seed):
-    "Print and write what came out"
-    table = first_table(features, labeled, seed)
-    print()
-    print_table(table, (labeled.table.split == 'test').sum())
-    shown = {name: features[name] for name in ('random weights', *first_losses)}
-    fig = first_figure(pool, pairs, labeled, shown)
-    save_figure(fig, to/'first.png')
-    with atomic_write(to/'table.csv') as p: table.to_csv(p, index=False, float_format='%.4f')
-    print(f'\nLook at {to}/first.png:\nfalse negatives of one batch, and the nearest neighbours '
-          f'of some images before training and after.\n\n{advice}\n')
-    return f'{to}/first.png {to}/table.csv'
 
 # %% ../../nbs/study/first.ipynb #6ed4bdc7
 def first_study(data, to, settings, seed):

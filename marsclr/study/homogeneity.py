@@ -237,7 +237,7 @@ def gains(
     gain = pd.concat({task: wide[task].sub(wide[task][over], axis=0) for task in tasks}, axis=1)
     gain = gain.drop(columns=over, level=1).stack(future_stack=True)
     by_point = gain.groupby(level=['classes', 'burst', 'method'])
-    spread = by_point.mean().join(by_point.std(), rsuffix='_sd')
+    spread = pd.concat([by_point.mean(), by_point.std().add_suffix('_sd')], axis=1)
     return spread.join(table.groupby(['classes', 'burst']).before.mean()*100).reset_index()
 
 # %% ../../nbs/study/homogeneity.ipynb #h0a00006

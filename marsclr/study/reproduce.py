@@ -39,10 +39,11 @@ def _print_probes(table):
     shown = table[['pack', 'method', 'seed']].copy()
     shown['accuracy'] = (table.accuracy*100).round(1)
     shown['interval'] = [f'{low:.1f} - {high:.1f}' for low,high in zip(percent.low, percent.high)]
-    for column in ('balanced_accuracy', 'macro_f1', 'val_accuracy'):
-        shown[column] = (table[column]*100).round(1)
+    columns = {'balanced': 'balanced_accuracy', 'macro F1': 'macro_f1', 'val': 'val_accuracy'}
+    for name,column in columns.items(): shown[name] = (table[column]*100).round(1)
     print(shown.to_string(index=False))
-    print('differences within the intervals say nothing')
+    print('In %, on test: accuracy with its 95 % interval, balanced accuracy and macro F1; '
+          'val is the\naccuracy on val. Differences within the intervals say nothing.')
 
 def smoke(data, to, settings, seed):
     "The whole chain, once"
