@@ -285,12 +285,11 @@ def _probe_into(to, features, pack, by_image, predict, asked):
     "Probe, write the results and print them"
     table = pack.table
     if by_image: features,table = mean_by_image(features, pack)
-    kind = asked['kind']
-    result = probe(features, table, pack.classes, kind, asked['seed'])
+    result = probe(features, table, pack.classes, asked['kind'], asked['seed'])
     _write_result(to, result, table, **asked)
     if predict: keep_classifier(features, table, pack.classes, asked, to/'classifier.npz')
     what = 'all stages of '*asked['stages'] + asked['run']
-    print(f'{pack.name}, {kind} probe of {what}:')
+    print(f"{pack.name}, {asked['kind']} probe of {what}:")
     print(_in_words(result))
     print(to)
 

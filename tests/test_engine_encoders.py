@@ -28,15 +28,16 @@ from marsclr.engine.encoders import *
 
 def test_a_backbone_by_its_timm_name():
     global encoder, images
+    check_name('resnet18')
+    with expect_fail(MarsclrError, "knows no model 'resnet-18'; near to it: resnet18"):
+        check_name('resnet-18')
+    with expect_fail(MarsclrError, "is not read here: give 'resnet18.a1_in1k', and its weights as"):
+        check_name('timm/resnet18.a1_in1k')
+
     encoder = create_encoder('resnet18')
     images = torch.randn(4, 3, 64, 64)
     test_eq(encoder(images).shape, (4, 512))
-
-    check_name('resnet18')
-    with expect_fail(MarsclrError, "knows no model 'resnet-18'; near to it: resnet18"):
-        create_encoder('resnet-18')
-    with expect_fail(MarsclrError, "is not read here: give 'resnet18.a1_in1k', and its weights as"):
-        create_encoder('timm/resnet18.a1_in1k')
+    with expect_fail(MarsclrError, "knows no model 'resnet-18'"): create_encoder('resnet-18')
 
     def millions(name): return sum(p.numel() for p in create_encoder(name).parameters())/1e6
     sizes = pd.Series({name: millions(name) for name in ('resnet18', 'resnet34', 'resnet50')})

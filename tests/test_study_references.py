@@ -42,12 +42,12 @@ def test_all_archives():
     instead = dict(reference_archives=lambda to, size: ('to learn from', 'to test'),
                    references=stand_in, judge=lambda table, tests: table.assign(judged=tests))
     with tempfile.TemporaryDirectory() as folder, patch.dict(run_references.__globals__, instead):
-        to = Path(folder)/'study'
+        to = Path(folder)
         for _ in range(2): found = run_references('msl', to, ReferenceSettings(96))
         test_eq((to/'references.csv').read_text(), 'family,rate\nyard,0.33333\n')
         test_eq((to/'diagnosis.csv').read_text(), 'family,rate,judged\nyard,0.33333,to test\n')
+        test_eq(found.judged.tolist(), ['to test'])
     test_eq(asked, ['to learn from'])
-    test_eq(found.judged.tolist(), ['to test'])
 
 
 def test_what_came_out():

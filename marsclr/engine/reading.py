@@ -278,7 +278,6 @@ def file_bytes(path):
 
 # %% ../../nbs/engine/reading.ipynb #6b3b7988
 Read = namedtuple('Read', 'pixels sha256 reason places shape')
-
 def read_pieces(
     path,     # an image file
     size:int, # side of the squares, pixels
