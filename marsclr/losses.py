@@ -46,13 +46,13 @@ def plain_masks(
     clusters:torch.Tensor, # (M,) int64: the cluster of each view, or None if no switch needs it
     positives:str,         # as in `plain_loss`, and the next two
     negatives:str,
-    positive_below:bool,
+    positive_in_denominator:bool,
 ) -> tuple: # two (M, M) bool: positives of each anchor, and views in its denominator
     "The two masks of a contrastive loss"
     positive = pairs_within(ids if positives == 'view' else clusters)
     itself = torch.eye(len(ids), dtype=torch.bool, device=ids.device)
     below = ~itself if negatives == 'view' else clusters[:,None] != clusters
-    if negatives == 'cluster' or not positive_below: below = below & ~positive
+    if negatives == 'cluster' or not positive_in_denominator: below = below & ~positive
     has_negative = (below & ~positive).any(1, keepdim=True)
     return positive & has_negative, below
 
@@ -68,20 +68,20 @@ def mean_over_anchors(
 
 # %% ../nbs/03_losses.ipynb #977c45e1
 def plain_loss(
-    z:torch.Tensor,             # (M, D) projections of the views
-    ids:torch.Tensor,           # (M,) int64: the image of each view
-    clusters:torch.Tensor=None, # (M,) int64: the cluster of each view
+    z:torch.Tensor,               # (M, D) projections of the views
+    ids:torch.Tensor,             # (M,) int64: the image of each view
+    clusters:torch.Tensor=None,   # (M,) int64: the cluster of each view
     temperature=.5,
-    positives='view',           # 'view': of the same image; 'cluster': of the same cluster
-    negatives='view',           # 'view': all other views; 'cluster': views of other clusters
-    positive_below=True,        # does the positive stand in the denominator?
+    positives='view',             # 'view': of the same image; 'cluster': of the same cluster
+    negatives='view',             # 'view': all other views; 'cluster': views of other clusters
+    positive_in_denominator=True, # does the positive stand in the denominator?
 ) -> torch.Tensor: # scalar
     "Equation 1, equation 2 and their relatives"
     z = F.normalize(z, dim=1)
     s = z @ z.T/temperature
-    positive,below = plain_masks(ids, clusters, positives, negatives, positive_below)
+    positive,below = plain_masks(ids, clusters, positives, negatives, positive_in_denominator)
     log_denominator = s.masked_fill(~below, -torch.inf).logsumexp(1, keepdim=True)
-    if positive_below and negatives == 'cluster':
+    if positive_in_denominator and negatives == 'cluster':
         log_denominator = torch.logaddexp(log_denominator, s)
     return mean_over_anchors(log_denominator - s, positive)
 
@@ -115,13 +115,13 @@ class ContrastiveLoss(nn.Module):
         temperature:float=.5,
         positives='view',    # 'view' or 'cluster'
         negatives='view',    # 'view' (eq. 1's k != i) or 'cluster' (eq. 2's c_k != c_i)
-        positive_below=True, # does the positive stand in the denominator?
+        positive_in_denominator=True, # does the positive stand in the denominator?
     ):
         super().__init__()
         if not temperature > 0: raise MarsclrError(f'temperature {temperature}: must be above 0')
         check_pairs(positives, negatives)
         store_attr()
-        self.lonely = 0
+        self.n_without_negatives = 0
         self.checked = False
 
     @property
@@ -140,28 +140,31 @@ def forward(self:ContrastiveLoss,
     self.checked = True
     anchors = slice(rank()*len(z), (rank()+1)*len(z))
     everyone = gather(z), gather(ids), None if clusters is None else gather(clusters)
-    switches = self.positives, self.negatives, self.positive_below
-    loss,self.lonely = contrastive_loss(*everyone, self.temperature, *switches, anchors)
+    switches = self.positives, self.negatives, self.positive_in_denominator
+    result = contrastive_loss(*everyone, self.temperature, *switches, anchors)
+    loss,self.n_without_negatives = result
     return mean_over_ranks(loss)
 
 # %% ../nbs/03_losses.ipynb #cba6397c
 @patch
 def extra_repr(self:ContrastiveLoss) -> str:
     "The switches, as torch prints them"
-    names = ('temperature', 'positives', 'negatives', 'positive_below')
+    names = ('temperature', 'positives', 'negatives', 'positive_in_denominator')
     return ', '.join(f'{name}={getattr(self, name)}' for name in names)
 
 # %% ../nbs/03_losses.ipynb #155b9c6b
-NTXentLoss = partial(ContrastiveLoss, positives='view', negatives='view', positive_below=True)
-DCLLoss = partial(ContrastiveLoss, positives='view', negatives='view', positive_below=False)
+NTXentLoss = partial(
+    ContrastiveLoss, positives='view', negatives='view', positive_in_denominator=True)
+DCLLoss = partial(
+    ContrastiveLoss, positives='view', negatives='view', positive_in_denominator=False)
 ClusterAwareLoss = partial(
-    ContrastiveLoss, positives='cluster', negatives='cluster', positive_below=False)
+    ContrastiveLoss, positives='cluster', negatives='cluster', positive_in_denominator=False)
 ViewPositivesLoss = partial(
-    ContrastiveLoss, positives='view', negatives='cluster', positive_below=False)
+    ContrastiveLoss, positives='view', negatives='cluster', positive_in_denominator=False)
 EliminationLoss = partial(
-    ContrastiveLoss, positives='view', negatives='cluster', positive_below=True)
+    ContrastiveLoss, positives='view', negatives='cluster', positive_in_denominator=True)
 AttractionLoss = partial(
-    ContrastiveLoss, positives='cluster', negatives='view', positive_below=True)
+    ContrastiveLoss, positives='cluster', negatives='view', positive_in_denominator=True)
 
 # %% ../nbs/03_losses.ipynb #e35cc9ca
 losses = dict(

@@ -98,7 +98,7 @@ def test_a_callback_that_writes_them_down():
 
 
 def test_in_words():
-    test_eq(judge_row(log.iloc[-1]), 'good')
+    test_eq(judge_health(log.iloc[-1]), 'good')
     print(describe_health(tmp/'good').replace('; ', ';\n').replace(' (', '\n('))
     test_eq(describe_health(tmp/'plain'), '') # an older run
     with expect_fail(MarsclrError, 'log.csv cannot be read'): describe_health(tmp/'nowhere')
@@ -111,11 +111,11 @@ def test_runs_that_fail():
     train('too different', scale=(.01, .02), strength=1.25, epochs=4)
     names = ['good', 'too low a rate', 'collapsed', 'too alike', 'too different']
     ends = pd.DataFrame({name: log_of(name).iloc[-1] for name in names}).T
-    for name,row in ends.iterrows(): test_eq(judge_row(row), name)
+    for name,row in ends.iterrows(): test_eq(judge_health(row), name)
     columns = ['loss', 'chance', 'same_image', 'different', 'spread', 'rank', 'likeness', 'step_size']
     ends[columns].round(3)
 
-    test_eq(judge_row(log.iloc[0]), 'not yet')
+    test_eq(judge_health(log.iloc[0]), 'not yet')
     for name in names[1:]: print(textwrap.fill(f'{name}: {advice[name]}', 90), end='\n\n')
 
     train('old', cbs=(), epochs=1)

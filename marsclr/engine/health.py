@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['collapsed', 'no_spread', 'too_alike', 'too_different', 'learned', 'hardly_moves', 'advice', 'many_copies',
-           'view_similarities', 'spread', 'effective_rank', 'view_likeness', 'Health', 'judge_row', 'describe_health',
-           'describe_copies']
+           'view_similarities', 'spread', 'effective_rank', 'view_likeness', 'Health', 'judge_health',
+           'describe_health', 'describe_copies']
 
 # %% ../../nbs/engine/health.ipynb #he000004
 from pathlib import Path
@@ -119,7 +119,7 @@ too_different = .25
 learned = .1       # similarity of two views of one image above that of different ones
 hardly_moves = 5e-4 # step size
 
-def judge_row(
+def judge_health(
     row, # the columns of `Health`, of one epoch
 ) -> str: # 'good', 'collapsed', 'too alike', 'too low a rate', 'too different' or 'not yet'
     "What is wrong with a run, from one row of its log"
@@ -157,7 +157,7 @@ def describe_health(
     rows = log.dropna(subset=['same_image', 'different', 'spread', 'likeness', 'step_size'])
     if not len(rows): return ''
     row = rows.iloc[-1]
-    return f'{advice[judge_row(row)]} ({_facts(row)})'
+    return f'{advice[judge_health(row)]} ({_facts(row)})'
 
 # %% ../../nbs/engine/health.ipynb #he000027
 def _facts(row):
