@@ -17,15 +17,14 @@ from matplotlib import pyplot as plt
 from sklearn.manifold import TSNE
 from sklearn.neighbors import NearestNeighbors
 from threadpoolctl import threadpool_limits
-from .archives.downloads import digest
 from .engine.atlas_page import (most_on_page, readable, serve_words, thumbnails,
                                        write_views)
 from .engine.clusters import capture_clusters, feature_clusters
 from .engine.commands import command
 from .engine.embed import named_encoder
 from .engine.encoders import encode, pick_device
-from .engine.files import (MarsclrError, atomic_write, check_new, one_line, read_json,
-                                  write_json)
+from .engine.files import (MarsclrError, atomic_write, check_new, digest, one_line,
+                                  read_json, write_json)
 from .engine.packing import Pack, load_pack, pack_stem
 from .engine.reading import Reading, read_image
 from .engine.thumbnails import found_figure, map_figure

@@ -132,9 +132,9 @@ def test_the_cluster_aware_loss():
     test_close(plain_loss(z, ids, clusters, .5, 'view', 'cluster', True), elimination, eps=1e-12)
 
 
-def test_lonely_anchors():
+def test_anchors_without_a_negative_or_a_positive():
     global eq2
-    eq2 = dict(positives='cluster', negatives='cluster', positive_below=False)
+    eq2 = dict(positives='cluster', negatives='cluster', positive_in_denominator=False)
     one_cluster = torch.zeros(6, dtype=torch.int64)
     test_eq(plain_loss(z, ids, one_cluster, **eq2).item(), 0)
 
@@ -216,12 +216,13 @@ def test_against_other_implementations():
         torch.testing.assert_close(attraction, SupConLoss(t)(z, clusters), **same)
 
     equal = ids % 8
-    below_too = partial(ContrastiveLoss, positives='cluster', negatives='cluster', positive_below=True)
+    below_too = partial(
+        ContrastiveLoss, positives='cluster', negatives='cluster', positive_in_denominator=True)
     for t in (.05, .5, 1.):
         torch.testing.assert_close(below_too(t)(z, ids, equal), LabelNTXent(t)(z, equal), **same)
 
 
-def test_equation_2_with_singletons_is_dcl():
+def test_with_one_image_in_each_cluster_equation_2_is_dcl():
     singletons = ids
     test_close(EliminationLoss(.5)(z, ids, singletons), NTXentLoss(.5)(z, ids), eps=1e-12)
     test_close(ClusterAwareLoss(.5)(z, ids, singletons), DCLLoss(.5)(z, ids), eps=1e-12)
@@ -240,10 +241,10 @@ def test_equation_2_with_singletons_is_dcl():
     one_cluster = loss(zs, ids, torch.zeros_like(ids))
     one_cluster.backward()
     test_eq(one_cluster.item(), 0)
-    test_eq(loss.lonely.item(), 64)
+    test_eq(loss.n_without_negatives.item(), 64)
     test_eq(zs.grad.abs().max().item(), 0)
     loss(z, ids, (ids == 0).long())
-    test_eq(loss.lonely.item(), 0)
+    test_eq(loss.n_without_negatives.item(), 0)
     test_eq(EliminationLoss(.5)(z, ids, torch.zeros_like(ids)).item(), 0)
 
 

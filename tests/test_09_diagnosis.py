@@ -101,10 +101,10 @@ def test_from_similarity_to_a_rate():
     x = np.linspace(.9, .97, 40)
     logit = 80*x - 78 + np.random.default_rng(0).normal(0, 1, 40)
     noisy = pd.DataFrame(dict(family=[*'abcd']*10, homogeneity=x, rate=1/(1+np.exp(-logit))))
-    test_close(misses(noisy)[0], 1, eps=.25)
-    test_eq(misses(noisy)[1], 3)
-    test_eq(misses(noisy, 'a')[1], 2)
-    misses(noisy)
+    test_close(left_out_rmse(noisy)[0], 1, eps=.25)
+    test_eq(left_out_rmse(noisy)[1], 3)
+    test_eq(left_out_rmse(noisy, 'a')[1], 2)
+    left_out_rmse(noisy)
 
 
 def test_an_estimate_with_its_interval():

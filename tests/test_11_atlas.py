@@ -8,13 +8,12 @@ from matplotlib import pyplot as plt
 from sklearn.manifold import TSNE
 from sklearn.neighbors import NearestNeighbors
 from threadpoolctl import threadpool_limits
-from marsclr.archives.downloads import digest
 from marsclr.engine.atlas_page import most_on_page, readable, serve_words, thumbnails, write_views
 from marsclr.engine.clusters import capture_clusters, feature_clusters
 from marsclr.engine.commands import command
 from marsclr.engine.embed import named_encoder
 from marsclr.engine.encoders import encode, pick_device
-from marsclr.engine.files import MarsclrError, atomic_write, check_new, one_line, read_json, write_json
+from marsclr.engine.files import MarsclrError, atomic_write, check_new, digest, one_line, read_json, write_json
 from marsclr.engine.packing import Pack, load_pack, pack_stem
 from marsclr.engine.reading import Reading, read_image
 from marsclr.engine.thumbnails import found_figure, map_figure

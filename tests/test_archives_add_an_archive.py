@@ -8,14 +8,14 @@ import IPython.display
 import numpy as np, pandas as pd
 from fastcore.test import *
 from PIL import Image
-from marsclr.archives.downloads import check_digest, digest, get_file
+from marsclr.archives.downloads import check_digest, get_file
 from marsclr.archives.fetcher import Fetcher
 from marsclr.archives.marsyard import marsyard
 from marsclr.archives.terrain import contact_sheet
 from marsclr.archives.zenodo import unpack
 from marsclr.datasets import Archive, check_files, make_table
 from marsclr.engine.clusters import capture_clusters
-from marsclr.engine.files import MarsclrError, data_root
+from marsclr.engine.files import MarsclrError, data_root, digest
 from marsclr.engine.labels import draw_split, image_groups
 from marsclr.engine.packing import load_pack, marsclr_pack, pack_archive
 from stand_in import StandIn

@@ -7,11 +7,11 @@ from heapq import nsmallest
 from pathlib import Path
 import pandas as pd
 from marsclr.engine.progress import progress_bar
-from marsclr.archives.downloads import Part, check_image, digest, exclusive_folder, get_file
+from marsclr.archives.downloads import Part, check_image, exclusive_folder, get_file
 from marsclr.archives.feeds import Feed, feeds, image_path, latest_sol, list_sol, to_rows
 from marsclr.archives.fetcher import Fault, Fetcher
 from marsclr.archives.zenodo import describe, draw_rank
-from marsclr.engine.files import MarsclrError, atomic_write, one_line, read_json, write_json
+from marsclr.engine.files import MarsclrError, atomic_write, digest, one_line, read_json, write_json
 import sys
 import os, tempfile
 from contextlib import ExitStack

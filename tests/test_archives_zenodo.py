@@ -8,11 +8,10 @@ import pandas as pd
 from marsclr.engine.progress import progress_bar
 from PIL import Image
 from torchvision.datasets.folder import find_classes
-from marsclr.archives.downloads import Part, check_digest, check_image, digest
-from marsclr.archives.downloads import exclusive_folder, get_file
+from marsclr.archives.downloads import Part, check_digest, check_image, exclusive_folder, get_file
 from marsclr.archives.fetcher import Fault, Fetcher, get_json
 from marsclr.datasets import Archive, find_images, hirise, imagenet, msl
-from marsclr.engine.files import MarsclrError, atomic_write, data_root, one_line
+from marsclr.engine.files import MarsclrError, atomic_write, data_root, digest, one_line
 from marsclr.engine.reading import formats
 import sys
 import io, tempfile

@@ -59,7 +59,7 @@ def plain(name, model):
     "The same with the lesson's plain loss, in one process"
     x, ids, clusters = batch()
     loss = losses[name]()
-    switches = loss.positives, loss.negatives, loss.positive_below
+    switches = loss.positives, loss.negatives, loss.positive_in_denominator
     return backward(model, plain_loss(model(x.flatten(0, 1)), ids.repeat(2), clusters.repeat(2), .3, *switches))
 
 
@@ -173,7 +173,8 @@ def largest_difference(a, b): return max((a[k] - b[k]).abs().max().item() for k 
 def test_divided_batch_gives_the_loss_and_gradients_of_the_whole(w, tmp_path):
     several(w, gradients, tmp_path)
     whole = {name: f(network(), torch.arange(IMAGES)) for name, f in SETTINGS.items()}
-    whole |= {name: plain(name, network()) for name in losses if hasattr(losses[name](), 'positive_below')}
+    whole |= {name: plain(name, network()) for name in losses
+              if hasattr(losses[name](), 'positive_in_denominator')}
     for i in range(w):
         for name, (loss, grads) in torch.load(tmp_path/f'{i}.pt', weights_only=True).items():
             assert loss == pytest.approx(whole[name][0], abs=1e-9)

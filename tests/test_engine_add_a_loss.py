@@ -20,7 +20,8 @@ def test_perhaps_no_code_is_needed():
     z = torch.randn(16, 8, dtype=torch.float64)
     ids = torch.arange(8).repeat(2)
     clusters = ids % 3
-    eliminate_all = ContrastiveLoss(.5, positives='cluster', negatives='cluster', positive_below=True)
+    eliminate_all = ContrastiveLoss(.5, positives='cluster', negatives='cluster',
+                                    positive_in_denominator=True)
     plain = plain_loss(z, ids, clusters, .5, 'cluster', 'cluster', True)
     test_close(eliminate_all(z, ids, clusters), plain, eps=1e-12)
 

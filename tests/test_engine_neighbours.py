@@ -6,6 +6,7 @@ from marsclr.engine.packing import Pack
 import pandas as pd
 from fastcore.test import *
 from marsclr.archives.marsyard import marsyard
+from marsclr.atlas import neighbours
 from marsclr.engine.clusters import capture_clusters, pixel_features
 from marsclr.engine.neighbours import *
 
@@ -19,6 +20,9 @@ def test_the_nearest_others():
     test_eq(partner, [1, 0, 3, 2, 5, 4])
     assert (without//2 != everyone[:,None]//2).all()
     test_eq(nearest_images(7*circle, everyone, 2), nearest_images(circle, everyone, 2))
+
+    random = torch.randn(300, 16, generator=torch.Generator().manual_seed(0))
+    test_eq(nearest_images(random, np.arange(300), 5), neighbours(random, 5)[1])
 
 
 def test_as_a_number():

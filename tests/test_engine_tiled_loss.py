@@ -60,11 +60,11 @@ def test_value_and_slope_of_a_tile():
             leaf = s.clone().requires_grad_()
             value = by_autograd(leaf, *masks, add_positive)
             value.backward()
-            ours, slopes, lonely = losses_and_slopes(s, *masks, add_positive)
+            ours, slopes, n_without_negatives = losses_and_slopes(s, *masks, add_positive)
             torch.testing.assert_close(ours, value.detach(), rtol=0, atol=1e-12)
             torch.testing.assert_close(slopes, leaf.grad, rtol=0, atol=1e-12)
-            all_lonely = 'cluster' in chosen[:2] and groups is not clusters
-            test_eq(lonely.item(), 6 if all_lonely else 0)
+            none_has_one = 'cluster' in chosen[:2] and groups is not clusters
+            test_eq(n_without_negatives.item(), 6 if none_has_one else 0)
 
 
 def test_from_tiles_to_the_batch():
@@ -88,9 +88,9 @@ def test_from_tiles_to_the_batch():
     def of_view(rows):
         return pair_masks(torch.tensor([0, 1, 2, 0, 1, 2]), None, rows, 'view', 'view', False)
 
-    value,_,lonely = sum_tiles(three, 1., [slice(0, 4), slice(4, 6)], of_view, False)
+    value,_,n_without_negatives = sum_tiles(three, 1., [slice(0, 4), slice(4, 6)], of_view, False)
     test_close(value/6, torch.log(torch.tensor(4.)) - 1, eps=1e-6) # four views at right angles
-    test_eq(lonely.item(), 0)
+    test_eq(n_without_negatives.item(), 0)
 
     def value_and_gradient(loss, z):
         z = z.clone().requires_grad_()
@@ -159,10 +159,10 @@ def test_few_steps_and_no_waiting():
     ids = torch.arange(64).repeat(2)
     clusters = ids % 10
 
-    def automatic(x, positives, negatives, positive_below):
+    def automatic(x, positives, negatives, positive_in_denominator):
         unit = F.normalize(x, dim=1)
-        masks = pair_masks(ids, clusters, slice(0, 128), positives, negatives, positive_below)
-        add_positive = positive_below and negatives == 'cluster'
+        masks = pair_masks(ids, clusters, slice(0, 128), positives, negatives, positive_in_denominator)
+        add_positive = positive_in_denominator and negatives == 'cluster'
         return by_autograd(unit @ unit.T/.5, *masks, add_positive)/128
 
     steps = []
@@ -179,11 +179,12 @@ def test_few_steps_and_no_waiting():
     steps
 
     unit, of_images, of_clusters = (x.to('meta') for x in (z, ids, clusters))
-    for positives, negatives, positive_below in switches.values():
-        masks = pair_masks(of_images, of_clusters, slice(0, 128), positives, negatives, positive_below)
-        add_positive = positive_below and negatives == 'cluster'
-        value, slopes, lonely = losses_and_slopes(unit @ unit.T, *masks, add_positive)
-        test_eq((value.shape, slopes.shape, lonely.shape), ((), (128, 128), ()))
+    for positives, negatives, positive_in_denominator in switches.values():
+        switch = positives, negatives, positive_in_denominator
+        masks = pair_masks(of_images, of_clusters, slice(0, 128), *switch)
+        add_positive = positive_in_denominator and negatives == 'cluster'
+        found = losses_and_slopes(unit @ unit.T, *masks, add_positive)
+        test_eq([tensor.shape for tensor in found], [(), (128, 128), ()])
 
 
 def test_what_is_refused():

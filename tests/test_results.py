@@ -14,7 +14,7 @@ results = Path(__file__).parent.parent/'nbs/results'
 def test_the_line_of_the_diagnosis_is_fitted_to_its_references():
     table = pd.read_csv(results/'references.csv')
     assert diagnosis.fit_line(table) == pytest.approx(diagnosis.line, abs=.01)
-    assert diagnosis.misses(table) == pytest.approx((diagnosis.spread, diagnosis.freedom), abs=.01)
+    assert diagnosis.left_out_rmse(table) == pytest.approx((diagnosis.spread, diagnosis.freedom), abs=.01)
 
 
 def test_the_intervals_hold_the_rates_of_archives_that_the_line_has_not_seen():

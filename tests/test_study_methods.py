@@ -8,11 +8,10 @@ from pathlib import Path
 import numpy as np, pandas as pd, torch
 from fastcore.basics import patch
 from marsclr import __version__
-from marsclr.archives.downloads import digest
 from marsclr.engine.clusters import Clusters, capture_clusters, central_clusters, kmeans
 from marsclr.engine.clusters import label_clusters, load_clusters
 from marsclr.engine.encoders import Stages, create_encoder, encode, load_encoder
-from marsclr.engine.files import MarsclrError, atomic_write, read_json, write_json
+from marsclr.engine.files import MarsclrError, atomic_write, digest, read_json, write_json
 from marsclr.engine.packing import Pack, concat_packs
 from marsclr.study.cluster_study import needs_eq1, needs_texture, source_features
 from marsclr.study.data_sets import data_sets

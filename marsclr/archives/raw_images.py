@@ -15,11 +15,12 @@ from pathlib import Path
 
 import pandas as pd
 from ..engine.progress import progress_bar
-from .downloads import Part, check_image, digest, exclusive_folder, get_file
+from .downloads import Part, check_image, exclusive_folder, get_file
 from .feeds import Feed, feeds, image_path, latest_sol, list_sol, to_rows
 from .fetcher import Fault, Fetcher
 from .zenodo import describe, draw_rank
-from ..engine.files import MarsclrError, atomic_write, one_line, read_json, write_json
+from ..engine.files import (MarsclrError, atomic_write, digest, one_line, read_json,
+                                  write_json)
 
 # %% ../../nbs/archives/raw_images.ipynb #fae0877d
 def _for_each(fetcher, connections, func, items, progress, comment):

@@ -15,11 +15,11 @@ import pandas as pd
 from ..engine.progress import progress_bar
 from PIL import Image
 from torchvision.datasets.folder import find_classes
-from .downloads import Part, check_digest, check_image, digest
-from .downloads import exclusive_folder, get_file
+from .downloads import (Part, check_digest, check_image, exclusive_folder,
+                                        get_file)
 from .fetcher import Fault, Fetcher, get_json
 from ..datasets import Archive, find_images, hirise, imagenet, msl
-from ..engine.files import MarsclrError, atomic_write, data_root, one_line
+from ..engine.files import MarsclrError, atomic_write, data_root, digest, one_line
 from ..engine.reading import formats
 
 # %% ../../nbs/archives/zenodo.ipynb #fe38168c

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['MarsclrError', 'one_line', 'Stopped', 'raise_stopped', 'on_signal', 'data_root', 'check_writable', 'check_new',
-           'sync_to_disk', 'missing_parents', 'remove_empty', 'atomic_write', 'write_json', 'read_json', 'append_rows',
-           'file_lock', 'explain_interruption', 'read_lines', 'numbered_lines']
+           'sync_to_disk', 'missing_parents', 'remove_empty', 'atomic_write', 'write_json', 'read_json', 'digest',
+           'append_rows', 'file_lock', 'explain_interruption', 'read_lines', 'numbered_lines']
 
 # %% ../../nbs/engine/files.ipynb #3c603fd0
-import errno, json, os, re, shutil, signal, tempfile, threading
+import errno, hashlib, json, os, re, shutil, signal, tempfile, threading
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -148,6 +148,17 @@ def read_json(
     missing = [k for k in keys if k not in obj] if isinstance(obj, dict) else ['{']
     if missing: raise MarsclrError(f'{path} holds no {missing[0]}: it is not what it should be')
     return obj
+
+# %% ../../nbs/engine/files.ipynb #cbc0f31e
+def digest(
+    path,
+    kind='sha256', # or md5
+) -> str: # hexadecimal
+    "Checksum of a file"
+    h = hashlib.new(kind)
+    with open(path, 'rb') as f:
+        while chunk := f.read(1<<20): h.update(chunk)
+    return h.hexdigest()
 
 # %% ../../nbs/engine/files.ipynb #22a5f26d
 def append_rows(

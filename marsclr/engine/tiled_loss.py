@@ -21,18 +21,18 @@ def check_pairs(positives, negatives):
 
 # %% ../../nbs/engine/tiled_loss.ipynb #8df5acae
 def pair_masks(
-    ids:torch.Tensor,      # (M,) int64: the image of each view
-    clusters:torch.Tensor, # (M,) int64: the cluster of each view, or None if no choice needs it
-    rows:slice,            # which A of the views are the anchors, with a start and a stop
-    positives:str,         # 'view' or 'cluster', as in `contrastive_loss`
-    negatives:str,         # 'view' or 'cluster'
-    positive_below:bool,   # does the positive stand in the denominator?
+    ids:torch.Tensor,             # (M,) int64: the image of each view
+    clusters:torch.Tensor,        # (M,) int64: of each view; None if no choice needs it
+    rows:slice,                   # which A of the views are the anchors, with a start and a stop
+    positives:str,                # 'view' or 'cluster', as in `contrastive_loss`
+    negatives:str,                # 'view' or 'cluster'
+    positive_in_denominator:bool, # does the positive stand in the denominator?
 ) -> tuple: # two (A, M) bool: the positives of each anchor, and what its denominator leaves out
     "Which views are an anchor's positives, and which are left out of its denominator"
     def same(groups): return groups[rows][:,None] == groups
     positive = same(ids if positives == 'view' else clusters)
     left_out = same(clusters) if negatives == 'cluster' else torch.zeros_like(positive)
-    if negatives == 'cluster' or not positive_below: left_out |= positive
+    if negatives == 'cluster' or not positive_in_denominator: left_out |= positive
     left_out.diagonal(rows.start).fill_(True)
     positive.diagonal(rows.start).fill_(False)
     return positive, left_out
@@ -43,13 +43,13 @@ def losses_and_slopes(
     positive:torch.Tensor, # (A, M) bool, from `pair_masks`
     left_out:torch.Tensor, # (A, M) bool, from `pair_masks`
     add_positive:bool,     # does each pair add its own positive to the denominator?
-) -> tuple: # sum of the anchors' losses; its derivative by `s`, (A, M); number of lonely anchors
+) -> tuple: # sum of the anchors' losses; its derivative by `s`, (A, M); anchors without negatives
     "The mean loss of each anchor's positives, summed over anchors, and its derivative"
-    lonely = (positive | left_out).all(1, keepdim=True)
+    no_negative = (positive | left_out).all(1, keepdim=True)
     n_positives = positive.sum(1, keepdim=True, dtype=s.dtype).clamp(min=1)
-    weight = positive/n_positives.masked_fill(lonely, torch.inf)
+    weight = positive/n_positives.masked_fill(no_negative, torch.inf)
     below = s.masked_fill(left_out, -torch.inf)
-    log_below = below.logsumexp(1, keepdim=True).masked_fill(lonely, 0)
+    log_below = below.logsumexp(1, keepdim=True).masked_fill(no_negative, 0)
     log_share = s - log_below
     pull = weight
     if add_positive:
@@ -58,7 +58,7 @@ def losses_and_slopes(
     slopes = below.sub_(log_below).exp_()
     slopes *= pull.sum(1, keepdim=True)
     slopes -= pull
-    return -(weight*log_share).sum(), slopes, lonely.sum()
+    return -(weight*log_share).sum(), slopes, no_negative.sum()
 
 # %% ../../nbs/engine/tiled_loss.ipynb #0a8c51e6
 class KnownGradient(torch.autograd.Function):
@@ -100,31 +100,32 @@ def sum_tiles(
     tiles,               # slices of the views: the anchors of each tile
     masks_of,            # a tile to what `pair_masks` gives
     add_positive:bool,   # as in `losses_and_slopes`
-) -> tuple: # sum of the losses; its gradient by `unit`, (M, D); number of lonely anchors
+) -> tuple: # sum of the losses; its gradient by `unit`, (M, D); anchors without negatives
     "The loss of all anchors, a tile at a time"
     total = unit.new_zeros(())
-    lonely = torch.zeros((), dtype=torch.int64, device=unit.device)
+    n_without_negatives = torch.zeros((), dtype=torch.int64, device=unit.device)
     gradient = torch.zeros_like(unit)
     for rows in tiles:
         some = unit[rows]/temperature
-        losses,slopes,n_lonely = losses_and_slopes(some @ unit.T, *masks_of(rows), add_positive)
+        masks = masks_of(rows)
+        losses,slopes,n_without = losses_and_slopes(some @ unit.T, *masks, add_positive)
         total += losses
-        lonely += n_lonely
+        n_without_negatives += n_without
         gradient.addmm_(slopes.T, some)
         gradient[rows].addmm_(slopes, unit, alpha=1/temperature)
-    return total, gradient, lonely
+    return total, gradient, n_without_negatives
 
 # %% ../../nbs/engine/tiled_loss.ipynb #2ce073e4
 def contrastive_loss(
-    z:torch.Tensor,             # (M, D) projections of the views
-    ids:torch.Tensor,           # (M,) int64: the image of each view
-    clusters:torch.Tensor=None, # (M,) int64: the cluster of each view
+    z:torch.Tensor,               # (M, D) projections of the views
+    ids:torch.Tensor,             # (M,) int64: the image of each view
+    clusters:torch.Tensor=None,   # (M,) int64: the cluster of each view
     temperature:float=.5,
-    positives='view',           # 'view': of the same image; 'cluster': of the same cluster
-    negatives='view',           # 'view': eq. 1's k != i; 'cluster': eq. 2's c_k != c_i
-    positive_below=True,        # does the positive stand in the denominator?
-    anchors=slice(None),        # which views are anchors; all by default
-    tile:int=None,              # anchors at a time; as `default_tile` says by default
+    positives='view',             # 'view': of the same image; 'cluster': of the same cluster
+    negatives='view',             # 'view': eq. 1's k != i; 'cluster': eq. 2's c_k != c_i
+    positive_in_denominator=True, # does the positive stand in the denominator?
+    anchors=slice(None),          # which views are anchors; all by default
+    tile:int=None,                # anchors at a time; as `default_tile` says by default
 ) -> tuple: # the loss (scalar), and the number of anchors without a negative
     "Mean over each anchor's positives, then over anchors. Memory grows with M, not its square"
     check_pairs(positives, negatives)
@@ -133,11 +134,12 @@ def contrastive_loss(
     tile = tile or default_tile(len(z), z.device)
     tiles = [slice(first, min(first+tile, stop)) for first in range(start, stop, tile)]
     masks_of = partial(pair_masks, ids, clusters, positives=positives, negatives=negatives,
-                       positive_below=positive_below)
-    add_positive = positive_below and negatives == 'cluster'
+                       positive_in_denominator=positive_in_denominator)
+    add_positive = positive_in_denominator and negatives == 'cluster'
     with torch.no_grad(), torch.autocast(z.device.type, enabled=False):
         length = z.norm(dim=1, keepdim=True).clamp(min=1e-12)
         unit = z/length
-        total,gradient,lonely = sum_tiles(unit, temperature, tiles, masks_of, add_positive)
+        summed = sum_tiles(unit, temperature, tiles, masks_of, add_positive)
+        total,gradient,n_without_negatives = summed
         gradient = before_normalising(gradient, unit, length)/(stop-start)
-    return KnownGradient.apply(z, total/(stop-start), gradient), lonely
+    return KnownGradient.apply(z, total/(stop-start), gradient), n_without_negatives

