@@ -185,6 +185,45 @@ def katex_from_npm(script, folder):
     return folder/'package'/'dist'
 
 
+DRAWN = "() => pen.getImageData(0, 0, canvas.width, canvas.height).data.filter((v, i) => i % 4 == 3 && v).length"
+
+
+def small_atlas(folder):
+    "The page of an atlas, made by the two commands that a newcomer would give"
+    from marsclr.archives.marsyard import write_marsyard
+    from marsclr.atlas import marsclr_atlas
+    from marsclr.engine.packing import marsclr_pack
+    shutil.rmtree(folder, ignore_errors=True)
+    yard = write_marsyard(folder/'yard', n=60, size=48)
+    marsclr_pack(['folder', str(folder/'yard.pack'), '--root', str(yard), '--size', '48'])
+    marsclr_atlas(['random', str(folder/'yard.pack'), '--backbone', 'resnet10t', '--clusters', '6', '--device', 'cpu'])
+    return folder/'yard.atlas'/'atlas.html'
+
+
+def atlas_faults(browser, page, shot):
+    "Open an atlas, point at an image, click on it, and click on its nearest neighbour"
+    tab = browser.new_page(viewport=dict(width=1280, height=900))
+    tab.set_default_timeout(10_000)
+    errors = []
+    tab.on('pageerror', lambda error: errors.append(f'atlas: {error}'))
+    tab.goto(page.as_uri())
+    tab.wait_for_function(f'({DRAWN})() > 1000')
+    x, y = tab.evaluate('place(7)')
+    image = tab.evaluate('([x, y]) => under({offsetX: x, offsetY: y})', [x, y])
+    path = tab.evaluate('i => atlas.path[i]', image)
+    tab.mouse.move(x, y)
+    tab.wait_for_selector('#tip img', state='visible')
+    if path not in tab.inner_text('#tip'): yield f'atlas: pointing at {path} shows {tab.inner_text("#tip")!r}'
+    tab.mouse.click(x, y)
+    tab.wait_for_selector('.near button')
+    shown = tab.eval_on_selector_all('.near button', 'buttons => buttons.map(button => button.title)')
+    if shown != tab.evaluate('i => atlas.near[i].map(j => atlas.path[j])', image): yield f'atlas: the neighbours of {path} are not shown'
+    tab.screenshot(path=shot)
+    tab.click('.near button')
+    tab.wait_for_function('path => document.querySelector("#chosen p").textContent.startsWith(path)', arg=shown[0])
+    yield from errors
+
+
 def look(chromium):
     "Faults of PAGES in each width of WIDTHS; a screenshot of each"
     from playwright.sync_api import sync_playwright
@@ -214,6 +253,7 @@ def look(chromium):
                 bare = tab.evaluate(UNDESCRIBED)
                 if bare: yield f'{page}: {bare} figures without alternative text'
                 tab.screenshot(path=shots/f'{page}-{width}.png', full_page=True)
+        yield from atlas_faults(browser, small_atlas(ROOT/'_proc'/'atlas'), shots/'atlas.png')
         browser.close()
 
 
@@ -230,5 +270,5 @@ if __name__ == '__main__':
         build()
         report(broken_links(), f'{len(list(SITE.rglob("*.html")))} pages, no broken link')
     elif len(sys.argv) == 3 and sys.argv[1] == 'look':
-        report(look(sys.argv[2]), f'{len(PAGES)} pages looked at, {" and ".join(map(str, WIDTHS))} px wide')
+        report(look(sys.argv[2]), f'{len(PAGES)} pages and an atlas looked at, {" and ".join(map(str, WIDTHS))} px wide')
     else: sys.exit(__doc__)

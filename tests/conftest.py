@@ -36,6 +36,10 @@ def in_a_folder_of_its_own(request, tmp_path_factory):
 # Measurements and long studies: `.ci/weekly` runs them, with all notebooks.
 WEEKLY = (
     'test_10_distributed.py::test_what_it_brings_and_what_it_costs',
+    'test_study_archive_speed.py::test_clusters',
+    'test_study_archive_speed.py::test_features',
+    'test_study_speed.py::test_over_all_sizes',
+    'test_study_speed.py::test_the_loss',
     'test_study_training_speed.py::test_does_memory_grow',
     'test_study_training_speed.py::test_from_the_command_line',
     'test_study_training_speed.py::test_larger_pages',

@@ -222,7 +222,7 @@ def test_against_other_implementations():
         torch.testing.assert_close(below_too(t)(z, ids, equal), LabelNTXent(t)(z, equal), **same)
 
 
-def test_equation_2_with_singletons_is_dcl():
+def test_with_one_image_in_each_cluster_equation_2_is_dcl():
     singletons = ids
     test_close(EliminationLoss(.5)(z, ids, singletons), NTXentLoss(.5)(z, ids), eps=1e-12)
     test_close(ClusterAwareLoss(.5)(z, ids, singletons), DCLLoss(.5)(z, ids), eps=1e-12)

@@ -166,6 +166,21 @@ def test_from_the_map_to_labels():
         print(f'{n} labels: {right["suggested"][n].mean():.0f} % right with suggestions, '
               f'{right["random"][n].mean():.0f} % at random')
 
+    saved = pd.read_csv('results/labels-msl.csv')
+    mean = saved.groupby(['way', 'labels']).accuracy.mean()
+    fig,ax = plt.subplots(figsize=(3.6, 2.6), dpi=70, layout='constrained')
+    for way in ('suggested', 'random'):
+        part = saved[saved.way == way].groupby('labels').accuracy
+        ax.plot(mean[way].index, mean[way], marker='.', label=way)
+        ax.fill_between(mean[way].index, part.min(), part.max(), alpha=.2)
+    ax.set(xlabel='images labeled', ylabel='accuracy on test, %', xscale='log')
+    ax.legend();
+
+    assert (mean['suggested'] > mean['random']).all()
+    for n in mean['random'].index:
+        print(f'{n} labels: {mean["suggested"][n]:.1f} % with suggestions, '
+              f'{mean["random"][n]:.1f} % at random')
+
 
 def test_an_atlas_as_a_folder():
     global atlas

@@ -50,6 +50,9 @@ def spoil(base):
     (base/'empty').mkdir()
     (base/'bands').mkdir()
     (base/'own.csv').write_bytes(b'\xef\xbb\xbfpath,label\r\nnobody.jpg,rock\r\n')
+    image = next((base/'yard'/'images').iterdir()).name
+    (base/'strange.csv').write_text(f'path,label\nimages/{image},sandd\n')
+    (base/'unfilled.csv').write_text(f'path,label\nimages/{image},\n')
     (base/'half.csv').write_text('path,label\nx.jpg,rock\nnobody.jpg\n')
     for i, name in enumerate(('sand', 'rock')):
         (base/'classes'/name).mkdir(parents=True)
@@ -203,7 +206,7 @@ def test_the_installed_script_is_what_the_other_tests_call(base, tmp_path):
 
 
 def test_the_commands_are_installed():
-    names = ('atlas', 'bench', 'cluster', 'embed', 'falseneg', 'fetch', 'launch', 'pack',
+    names = ('atlas', 'bench', 'cluster', 'duplicates', 'embed', 'falseneg', 'fetch', 'label', 'launch', 'pack',
              'pretrain', 'probe', 'reproduce', 'search', 'start')
     assert sorted(scripts) == [f'marsclr_{name}' for name in names]
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from fastcore.test import *
 from marsclr.archives.marsyard import write_marsyard
 from marsclr.engine.labels import *
-from marsclr.engine.labels import _class_list, _columns
+from marsclr.engine.labels import _columns
 
 
 def test_a_table_of_labels():
@@ -46,8 +46,8 @@ def test_a_table_of_labels():
 
 def test_labels_meet_files():
     global folder, labeled, names
-    test_eq(_class_list(['10', '9', '2', '']), ['2', '9', '10'])
-    test_eq(_class_list(['sand', 'rock', 'sand', '7']), ['7', 'rock', 'sand'])
+    test_eq(class_list(['10', '9', '2', '']), ['2', '9', '10'])
+    test_eq(class_list(['sand', 'rock', 'sand', '7']), ['7', 'rock', 'sand'])
 
     yard = write_marsyard(tmp/'yard', n=60, size=32, n_classes=3)
     folder = image_folder(yard/'images')
