@@ -37,7 +37,7 @@ def test_where_to_crop():
 
     pil = T.functional.to_pil_image(images[42].permute(2, 0, 1))
     torch.manual_seed(0)
-    fig,axs = plt.subplots(2, 1, figsize=(7, 1.9), dpi=70)
+    fig,axs = plt.subplots(2, 1, figsize=(7, 2.4), dpi=70, layout='constrained')
     show_row(axs[0], [images[42]], 'the image')
     show_row(axs[1], [oracle(pil) for _ in range(8)], 'eight views of it, by torchvision');
 
@@ -114,7 +114,7 @@ def test_a_batch_of_views():
     views = Views(64, strength=.5)
     eight = denormalise(torch.cat([views(images[[42]], ids[[42]], 42, 0, v) for v in range(8)]))
     torch.manual_seed(0)
-    fig,axs = plt.subplots(2, 1, figsize=(7, 1.9), dpi=70)
+    fig,axs = plt.subplots(2, 1, figsize=(7, 2.4), dpi=70, layout='constrained')
     show_row(axs[0], [oracle(pil) for _ in range(8)], 'torchvision')
     show_row(axs[1], eight, 'marsclr, another draw of the same distribution');
 
