@@ -27,7 +27,7 @@ from .engine.files import (MarsclrError, atomic_write, check_new, digest, one_li
                                   read_json, write_json)
 from .engine.packing import Pack, load_pack, pack_stem
 from .engine.reading import Reading, read_image
-from .engine.thumbnails import found_figure, map_figure
+from .engine.thumbnails import found_figure, map_figure, save_figure
 
 # %% ../nbs/11_atlas.ipynb #11at0002
 def unit_rows(
@@ -157,9 +157,7 @@ def write_atlas(
         write_json(folder/'atlas.json', facts)
 
 def _draw_map(table, pack, path):
-    fig = map_figure(table, pack)
-    fig.savefig(path, format='png')
-    plt.close(fig)
+    save_figure(map_figure(table, pack), path)
 
 # %% ../nbs/11_atlas.ipynb #11at0023
 def check_atlas(
@@ -287,8 +285,7 @@ def marsclr_search(
     check_new(to)
     similarity,rows = nearest(features, encode_file(image, told, pack), n)
     fig = found_figure(pack, rows[0], similarity[0])
-    with atomic_write(to) as p: fig.savefig(p, format='png')
-    plt.close(fig)
+    save_figure(fig, to)
     shown = [column for column in ('path', 'cluster', 'label') if column in table]
     result = table.loc[rows[0], shown].assign(similarity=similarity[0].round(3))
     result['path'] = [readable(path) for path in result.path]

@@ -23,6 +23,7 @@ from .engine.packing import Pack, pack_stem, open_packs, split_paths
 from .engine.health import describe_copies
 from .engine.processes import on_first_rank, process_group, rank
 from .engine.progress import progress_bar
+from .engine.thumbnails import save_figure
 from .texture import texture_clusters
 
 # %% ../nbs/06_clustering.ipynb #de8123d0
@@ -246,8 +247,7 @@ def _write_results(found, data, to):
     picture = to.with_suffix('.png')
     table = to.with_suffix('.csv')
     fig = show_clusters(found, data, 12)
-    with atomic_write(picture) as p: fig.savefig(p, format='png')
-    plt.close(fig)
+    save_figure(fig, picture)
     found.save(to)
     save_table(found, data, table)
     copies = describe_copies(data.table)

@@ -26,7 +26,7 @@ from .engine.neighbours import nearest_images, neighbours_figure
 from .engine.packing import Pack, load_pack, pack_archive
 from .engine.pairs import nothing_to_learn
 from .engine.runs import open_run
-from .engine.thumbnails import map_figure
+from .engine.thumbnails import map_figure, save_figure
 from .engine.weights import has_imagenet
 from .training import pretrain
 
@@ -238,8 +238,7 @@ def draw_neighbours(
     if np.bincount(groups).max() > len(drawn)-5: groups = None
     found = {name: nearest_images(x, places, 4, groups) for name,x in by.items()}
     fig = neighbours_figure(drawn, places, found)
-    with atomic_write(path) as p: fig.savefig(p, format='png')
-    plt.close(fig)
+    save_figure(fig, path)
 
 # %% ../nbs/start.ipynb #b2ab7af5
 def say_made(

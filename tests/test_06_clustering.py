@@ -14,6 +14,7 @@ from marsclr.engine.packing import Pack, pack_stem, open_packs, split_paths
 from marsclr.engine.health import describe_copies
 from marsclr.engine.processes import on_first_rank, process_group, rank
 from marsclr.engine.progress import progress_bar
+from marsclr.engine.thumbnails import save_figure
 from marsclr.texture import texture_clusters
 import shutil, tempfile
 from itertools import combinations

@@ -16,7 +16,7 @@ from marsclr.engine.encoders import encode, pick_device
 from marsclr.engine.files import MarsclrError, atomic_write, check_new, digest, one_line, read_json, write_json
 from marsclr.engine.packing import Pack, load_pack, pack_stem
 from marsclr.engine.reading import Reading, read_image
-from marsclr.engine.thumbnails import found_figure, map_figure
+from marsclr.engine.thumbnails import found_figure, map_figure, save_figure
 import shutil, tempfile
 from fastcore.test import *
 from IPython.utils.capture import capture_output

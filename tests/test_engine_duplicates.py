@@ -3,14 +3,15 @@
 from hashlib import sha256
 from pathlib import Path
 import faiss, numpy as np, pandas as pd, torch, torch.nn.functional as F
-from matplotlib import pyplot as plt
 from marsclr.engine.clusters import capture_clusters, pixel_features
 from marsclr.engine.commands import command
 from marsclr.engine.files import MarsclrError, atomic_write, check_new
 from marsclr.engine.packing import Pack, load_pack, pack_stem
 from marsclr.engine.pairs import pairs_figure
+from marsclr.engine.thumbnails import save_figure
 import shutil, tempfile
 from fastcore.test import *
+from matplotlib import pyplot as plt
 from IPython.utils.capture import capture_output
 from marsclr.archives.marsyard import write_marsyard
 from marsclr.datasets import msl

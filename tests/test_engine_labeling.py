@@ -13,6 +13,7 @@ from marsclr.engine.files import MarsclrError, atomic_write, check_new, one_line
 from marsclr.engine.logistic import logistic_path
 from marsclr.engine.pack_labels import apply_labels
 from marsclr.engine.packing import Pack, load_pack, pack_stem
+from marsclr.engine.thumbnails import save_figure
 import tempfile
 from fastcore.test import *
 from IPython.utils.capture import capture_output

@@ -5,8 +5,9 @@ import numpy as np, pandas as pd, torch, torch.nn.functional as F
 from matplotlib import pyplot as plt
 from marsclr.engine.clusters import capture_clusters, kmeans, pixel_features
 from marsclr.engine.encoders import create_encoder, encode
-from marsclr.engine.files import MarsclrError, atomic_write
+from marsclr.engine.files import MarsclrError
 from marsclr.engine.packing import Pack
+from marsclr.engine.thumbnails import save_figure
 import shutil, tempfile
 from contextlib import redirect_stdout
 from io import StringIO

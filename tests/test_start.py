@@ -17,7 +17,7 @@ from marsclr.engine.neighbours import nearest_images, neighbours_figure
 from marsclr.engine.packing import Pack, load_pack, pack_archive
 from marsclr.engine.pairs import nothing_to_learn
 from marsclr.engine.runs import open_run
-from marsclr.engine.thumbnails import map_figure
+from marsclr.engine.thumbnails import map_figure, save_figure
 from marsclr.engine.weights import has_imagenet
 from marsclr.training import pretrain
 import timm

@@ -5,13 +5,14 @@ import re
 from pathlib import Path
 import numpy as np, pandas as pd
 from matplotlib import pyplot as plt
-from scipy.stats import t as student_t
 from marsclr.datasets import is_copy
 from marsclr.engine.clusters import capture_clusters
 from marsclr.engine.duplicates import detail, exact_groups, near_pairs
 from marsclr.engine.labeling import suggest_labels
 from marsclr.engine.logistic import logistic_path
 from marsclr.engine.packing import Pack, load_pack
+from marsclr.study.cross_validation import plus_minus
+from marsclr.study.summaries import half_width
 import shutil, tempfile
 import torch
 from fastcore.test import *
@@ -40,7 +41,12 @@ def test_accuracy_against_the_number_of_labels():
     test_eq((labeled_part(pool, drawn).table.label >= 0).sum(), 20)
     on_yard.groupby(['labels', 'way']).accuracy.mean().unstack().round(1)
 
-    test_close(mean_and_half([1, 2, 3]), (2, 4.303*1/3**.5), eps=1e-3)
+    rows = [dict(way=way, draw=draw, labels=10, accuracy=value) for way,values in
+            dict(suggested=(60, 61, 62), random=(50, 50, 50)).items()
+            for draw,value in enumerate(values)]
+    by_hand = curve_table(pd.DataFrame(rows)).loc[10]
+    test_eq(by_hand.to_dict(), dict(suggested='61.0 ± 2.5', random='50.0 ± 0.0', gain='11.0 ± 2.5'))
+
     curve = pd.read_csv('../results/labels-msl.csv')
     test_eq(curve.draw.nunique(), 10)
     curve_figure(curve);

@@ -13,7 +13,8 @@ from marsclr.engine.files import append_rows, atomic_write
 from marsclr.engine.packing import Pack
 from marsclr.linear_evaluation import probe
 from marsclr.study.data_sets import make_packs
-from marsclr.study.settings import open_folder, save_figure
+from marsclr.engine.thumbnails import save_figure
+from marsclr.study.settings import open_folder
 from marsclr.training import pretrain
 import shutil, tempfile
 from dataclasses import replace

@@ -9,7 +9,7 @@ from marsclr.study.grid import read_cells
 from marsclr.study.methods import Lab
 from marsclr.study.recipes import aware, base_of, dcl, eq1, recipe_of, settings_of, usual_k
 from marsclr.study.recipes import view_positives
-from marsclr.study.settings import save_figure
+from marsclr.engine.thumbnails import save_figure
 from marsclr.study.summaries import changes, summary
 import shutil, tempfile
 from pathlib import Path

@@ -15,7 +15,8 @@ from marsclr.engine.randomness import epoch_order
 from marsclr.engine.weights import has_imagenet
 from marsclr.linear_evaluation import probe
 from marsclr.study.homogeneity import labeled_yard, yard_pack
-from marsclr.study.settings import open_folder, save_figure
+from marsclr.engine.thumbnails import save_figure
+from marsclr.study.settings import open_folder
 from marsclr.training import pretrain
 import tempfile
 from dataclasses import replace

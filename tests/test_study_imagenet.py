@@ -52,7 +52,7 @@ def test_on_msl_v2_1():
     order = losses.drop(index='frozen')['beside frozen'].sort_values().index
     kinds = ['alone', 'beside frozen', 'frozen']
     both = pd.concat({'val log-loss': losses[kinds].round(3), 'test, %': right[kinds].round(1)}, axis=1)
-    both.loc[['frozen', *order]].fillna('')
+    both.loc[['frozen', *order]].astype(object).fillna('')
 
     fig,axs = plt.subplots(1, 2, figsize=(7.6, 2.6), dpi=80, sharey=True, layout='constrained')
     for ax,values,base in zip(axs, (losses, right), (frozen_loss, frozen_right)):

@@ -22,7 +22,8 @@ from marsclr.study.price import price
 from marsclr.study.purity import break_even, gains_over_dcl, purity_curve, purity_figure
 from marsclr.study.recipes import recipe_of
 from marsclr.study.references import run_references
-from marsclr.study.settings import GridSettings, open_folder, save_figure
+from marsclr.engine.thumbnails import save_figure
+from marsclr.study.settings import GridSettings, open_folder
 import tempfile
 from dataclasses import replace
 from unittest.mock import patch

@@ -3,8 +3,7 @@
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from matplotlib import pyplot as plt
-from marsclr.engine.files import atomic_write, file_lock
+from marsclr.engine.files import file_lock
 from marsclr.engine.runs import open_run
 from marsclr.study.data_sets import check_archives
 import shutil, tempfile
@@ -45,10 +44,6 @@ def test_the_folder():
     with work(toy, n=400), expect_fail(MarsclrError, 'in use by another process'):
         with work(toy, n=400): pass
 
-    fig = plt.figure(figsize=(1, 1))
-    save_figure(fig, tmp/'figure.png')
-    test_eq((tmp/'figure.png').read_bytes()[1:4], b'PNG')
-    test_eq(plt.fignum_exists(fig.number), False)
     shutil.rmtree(tmp)
 
 

@@ -11,12 +11,12 @@ from hashlib import sha256
 from pathlib import Path
 
 import faiss, numpy as np, pandas as pd, torch, torch.nn.functional as F
-from matplotlib import pyplot as plt
 from .clusters import capture_clusters, pixel_features
 from .commands import command
 from .files import MarsclrError, atomic_write, check_new
 from .packing import Pack, load_pack, pack_stem
 from .pairs import pairs_figure
+from .thumbnails import save_figure
 
 # %% ../../nbs/engine/duplicates.ipynb #209562d0
 def exact_groups(
@@ -107,6 +107,7 @@ def find_duplicates(
         similarity=np.where(np.isin(kind, ['exact', 'near']), similarity.round(4), np.nan)))
     return table.assign(burst=burst), pairs
 
+# %% ../../nbs/engine/duplicates.ipynb #7e0267s1
 def _thin_bursts(burst, order, like, kind):
     "Of the images that are kept, drop all but the first of each burst"
     kept = order[kind[order] == '']
@@ -148,14 +149,10 @@ def marsclr_duplicates(
     check_new(picture)
     data = load_pack(pack)
     table,pairs = find_duplicates(data, threshold, bursts)
-    if len(pairs): _save(border_figure(data, pairs, threshold), picture)
+    if len(pairs): save_figure(border_figure(data, pairs, threshold), picture)
     with atomic_write(to) as p: table.to_csv(p, index=False, errors='surrogateescape')
     counts = table.kind.value_counts()
     found = ', '.join(f'{counts.get(kind, 0)} {kind}' for kind in ('exact', 'near', 'burst'))
     shows = f'; {picture} shows pairs at the threshold' if len(pairs) else ''
     print(f'{(table.keep == "yes").sum()} of {len(table)} images to keep; dropped: {found}\n'
           f'{to}{shows}')
-
-def _save(fig, path):
-    with atomic_write(path) as p: fig.savefig(p, format='png')
-    plt.close(fig)

@@ -21,6 +21,7 @@ from .files import MarsclrError, atomic_write, check_new, one_line, read_json
 from .logistic import logistic_path
 from .pack_labels import apply_labels
 from .packing import Pack, load_pack, pack_stem
+from .thumbnails import save_figure
 
 # %% ../../nbs/engine/labeling.ipynb #ef01acb7
 def pack_features(
@@ -233,6 +234,7 @@ def marsclr_label(
     elif not labels: raise MarsclrError('give --labels: a CSV file of path and label')
     else: print(apply_labels(pack, labels, new_classes, group_by, seed))
 
+# %% ../../nbs/engine/labeling.ipynb #f279a4s1
 def _csv_name(pack, to, kind):
     "Where to write, checked"
     to = Path(to or f'{pack_stem(pack)}.{kind}.csv')
@@ -251,8 +253,8 @@ def _suggest(pack, features, n, to, seed):
     _draw_sheet(data, table, picture)
     _write_csv(table, to)
     counts = ', '.join(f'{count} {why}' for why,count in table.why.value_counts().items())
-    print(f'{len(table)} images, one of a burst ({counts}): fill in the column label of {to}; '
-          f'{picture} shows them by line')
+    print(f'{len(table)} images, one of a burst ({counts})\n'
+          f'fill in the column label of {to}; {picture} shows them by line')
 
 def _write_csv(table, to):
     with atomic_write(to) as p: table.to_csv(p, index=False, errors='surrogateescape')
@@ -266,9 +268,9 @@ def _draw_sheet(pack, table, to):
     for ax,row,line in zip(axs.flat, table.index, range(2, len(table)+2)):
         ax.imshow(pack[int(row)])
         ax.set_title(f'line {line}', size=8)
-    with atomic_write(to) as p: fig.savefig(p, format='png')
-    plt.close(fig)
+    save_figure(fig, to)
 
+# %% ../../nbs/engine/labeling.ipynb #ea3648s1
 def _propagate(pack, features, sure, to, folders, root):
     to = _csv_name(pack, to, 'labels')
     if not 0 <= sure <= 1: raise MarsclrError(f'--sure {sure}: give a share from 0 to 1')
@@ -282,4 +284,4 @@ def _propagate(pack, features, sure, to, folders, root):
     rest = table[table.by == 'probe']
     given = (rest.label != '').sum()
     print(f'{len(rest)} images without a label: {given} get a class, {len(rest)-given} are '
-          f'uncertain and get none: {to}')
+          f'uncertain and get none\n{to}')

@@ -14,8 +14,9 @@ import numpy as np, pandas as pd, torch, torch.nn.functional as F
 from matplotlib import pyplot as plt
 from .clusters import capture_clusters, kmeans, pixel_features
 from .encoders import create_encoder, encode
-from .files import MarsclrError, atomic_write
+from .files import MarsclrError
 from .packing import Pack
+from .thumbnails import save_figure
 
 # %% ../../nbs/engine/pairs.ipynb #059e91c9
 def random_pairs(
@@ -191,5 +192,4 @@ def write_pairs(
     names = [*range(1, len(pairs)+1), *(f'similarity {s:.3f}' for s in likely.similarity)]
     title = f'{len(pairs)} random pairs of {pack.name}; below, the most alike of different bursts'
     fig = pairs_figure(pack, shown, names, title)
-    with atomic_write(to) as p: fig.savefig(p, format='png')
-    plt.close(fig)
+    save_figure(fig, to)

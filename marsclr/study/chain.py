@@ -21,7 +21,8 @@ from ..engine.files import append_rows, atomic_write
 from ..engine.packing import Pack
 from ..linear_evaluation import probe
 from .data_sets import make_packs
-from .settings import open_folder, save_figure
+from ..engine.thumbnails import save_figure
+from .settings import open_folder
 from ..training import pretrain
 
 # %% ../../nbs/study/chain.ipynb #chain002

@@ -16,7 +16,7 @@ from .grid import read_cells
 from .methods import Lab
 from .recipes import aware, base_of, dcl, eq1, recipe_of, settings_of, usual_k
 from .recipes import view_positives
-from .settings import save_figure
+from ..engine.thumbnails import save_figure
 from .summaries import changes, summary
 
 # %% ../../nbs/study/figures.ipynb #figs0013

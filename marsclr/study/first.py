@@ -24,7 +24,8 @@ from ..engine.randomness import epoch_order
 from ..engine.weights import has_imagenet
 from ..linear_evaluation import probe
 from .homogeneity import labeled_yard, yard_pack
-from .settings import open_folder, save_figure
+from ..engine.thumbnails import save_figure
+from .settings import open_folder
 from ..training import pretrain
 
 # %% ../../nbs/study/first.ipynb #4df0cab9

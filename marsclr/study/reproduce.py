@@ -31,7 +31,8 @@ from .price import price
 from .purity import break_even, gains_over_dcl, purity_curve, purity_figure
 from .recipes import recipe_of
 from .references import run_references
-from .settings import GridSettings, open_folder, save_figure
+from ..engine.thumbnails import save_figure
+from .settings import GridSettings, open_folder
 
 # %% ../../nbs/study/reproduce.ipynb #dd41bd19
 def _print_probes(table):
