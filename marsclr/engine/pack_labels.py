@@ -80,7 +80,8 @@ def split_rest(
     groups = pd.Series(image_groups(table, by))
     has_split = table.split != ''
     of_group = dict(zip(groups[has_split], table.split[has_split]))
-    split = table.split.where(has_split | (table.label < 0), groups.map(of_group).fillna(''))
+    shared = groups.map(lambda group: of_group.get(group, ''))
+    split = table.split.where(has_split | (table.label < 0), shared)
     rest = (table.label >= 0) & (split == '')
     if rest.any(): split = split.where(~rest, _drawn(archive, table, rest, groups, by, seed))
     return replace(archive, table=table.assign(split=split))
