@@ -1,4 +1,5 @@
 "What people with other archives met, each with its smallest input, and what it has to give."
+import importlib
 import json
 import re
 import shutil
@@ -185,3 +186,8 @@ def test_a_run_of_many_short_epochs_tells_its_first_and_its_last(base, capsys):
     run(marsclr_pretrain, f'@y.pack @lines {SMALL}'.replace('epochs 1', 'epochs 4'), base)
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith('epoch ')]
     assert [line.split(',')[0] for line in lines] == ['epoch 1/4', 'epoch 4/4']
+
+
+def test_marsyard_is_found_at_its_earlier_place():
+    module = importlib.import_module('marsclr.marsyard')
+    assert module.write_marsyard is write_marsyard
