@@ -87,7 +87,7 @@ class StopAfter(Callback):
 def projector():
     "Without batch statistics: a ConvNeXt has layer norm, and the head is linear"
     torch.manual_seed(1)
-    encoder = create_encoder('convnext_atto', depths=(1, 1, 1, 1), dims=(40, 80, 160, 320))
+    encoder = create_encoder('convnext_atto', depths=(1, 1, 1, 1), dims=(16, 32, 64, 128))
     return ContrastiveModel(encoder, nn.Linear(encoder.num_features, 16))
 
 

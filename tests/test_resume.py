@@ -26,6 +26,7 @@ from marsclr.pretrain import marsclr_pretrain
 from marsclr.engine.runs import load_checkpoint, open_run
 
 SMALL = '--backbone test_resnet --image_size 32 --batch_size 16 --epochs 30 --save_every 1 --device cpu'.split()  # 120 steps
+FEWER = [*SMALL, '--epochs', '10']  # for what is launched, which starts slowly
 LAUNCH = [sys.executable, '-c', 'from marsclr.engine.processes import marsclr_launch; marsclr_launch()', '--cpu', '--num_processes', '2', '-m', 'marsclr.pretrain']
 KEPT = {'.lock', 'config.json', 'images.csv', 'log.csv', 'checkpoint.pt', 'checkpoint-before.pt', 'encoder.safetensors'}
 
@@ -40,7 +41,7 @@ def finish(pack, run):
 
 
 def start_two(pack, run):
-    return subprocess.Popen([*LAUNCH, pack, run, *SMALL], env=os.environ | {'OMP_NUM_THREADS': '1'}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen([*LAUNCH, pack, run, *FEWER], env=os.environ | {'OMP_NUM_THREADS': '1'}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def finish_two(pack, run):
