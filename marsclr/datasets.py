@@ -202,8 +202,10 @@ def msl(
     splits = [read_labels(root/f'{split}-set-v2.1.txt', classes).assign(split=split)
               for split in ('train', 'val', 'test')]
     labels = pd.concat(splits, ignore_index=True)
-    table = make_table('images/'+labels.name, 'msl', labels.split, labels.label)
-    return check_files(Archive('MSL v2.1', root, table, classes))
+    is_yard = (root/'marsyard.txt').is_file()
+    name,domain = ('MarsYard', 'marsyard') if is_yard else ('MSL v2.1', 'msl')
+    table = make_table('images/'+labels.name, domain, labels.split, labels.label)
+    return check_files(Archive(name, root, table, classes))
 
 # %% ../nbs/01_datasets.ipynb #18c3cdff
 def hirise(

@@ -154,6 +154,7 @@ def test_the_labeled_archives():
     classes
 
     labeled_yard = msl(tmp/'yard')
+    test_eq((labeled_yard.name, set(labeled_yard.table.domain)), ('MarsYard', {'marsyard'}))
     test_eq(labeled_yard.table.split.unique().tolist(), ['train', 'val', 'test'])
     test_eq(sorted(labeled_yard.table.path), ['images/'+name for name in names])
     labeled_yard
@@ -181,6 +182,7 @@ def test_the_labeled_archives_on_real_images():
     show(mars + earth);
 
     labeled = msl(), hirise()
+    test_eq([archive.name for archive in labeled], ['MSL v2.1', 'HiRISE v3.2'])
     test_eq(labeled[0].table.split.value_counts().to_dict(), dict(train=5920, val=300, test=600))
     test_eq([len(archive.classes) for archive in labeled], [19, 8])
     labeled

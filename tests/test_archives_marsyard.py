@@ -172,6 +172,7 @@ def test_written_as_an_archive():
 
     small_table = marsyard(60, size=64)[1]
     test_eq(archive.classes, SCENES[:10])
+    test_eq((archive.name, set(archive.table.domain)), ('MarsYard', {'marsyard'}))
     groups = archive.table.groupby(['sol', 'camera', 'sequence'])
     test_eq(groups.ngroups, small_table.burst.nunique())
     split_sizes = archive.table.groupby('split').size().to_dict()

@@ -92,6 +92,7 @@ def test_a_record_of_zenodo():
         return page
 
     yard = write_marsyard(tmp/'msl-labeled-data-set-v2.1', n=60, size=32, n_classes=3)
+    (yard/'marsyard.txt').unlink()
     content = zip_folder(yard)
     zip_name = 'msl-labeled-data-set-v2.1.zip'
     path = '/api/records/4033453'
@@ -113,6 +114,7 @@ def test_a_record_of_zenodo():
     archive = fetch_here(server, 'msl', f'data/{yard.name}')
     def checksums(folder): return [digest(path, 'md5') for path in sorted(folder.rglob('*.*'))]
     test_eq(checksums(archive.root), checksums(yard))
+    test_eq(archive.name, 'MSL v2.1')
     test_eq({name for name in os.listdir(tmp/'data') if name[0] != '.'}, {yard.name})
     print(archive)
     for entry in server.log: print(entry['path'], entry['start'], entry['fault'])

@@ -163,6 +163,7 @@ def marsyard(
 def _write_yard(folder, images, table, n_classes):
     "The files of a yard, in the layout of MSL v2.1"
     (folder/'images').mkdir(parents=True)
+    (folder/'marsyard.txt').write_text('Synthetic images, drawn by marsclr.archives.marsyard\n')
     for image,name in zip(images, table.path):
         Image.fromarray(image).save(folder/'images'/name, quality=92)
     class_map = [f'{label},{name}\n' for label,name in enumerate(class_names(n_classes))]
