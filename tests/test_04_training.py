@@ -8,20 +8,17 @@ from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from fastai.optimizer import OptimWrapper
 from fastai.torch_core import trainable_params
-from fastcore.basics import patch, store_attr
+from fastcore.basics import store_attr
 from fastcore.foundation import L
-from marsclr.engine.callbacks import FrozenNorm, OnlineKnn, RefreshClusters, Schedule, by_layer
+from marsclr.engine.callbacks import Schedule, by_layer
 from marsclr.engine.clusters import load_clusters
 from marsclr.engine.encoders import ContrastiveModel, pick_device
-from marsclr.engine.files import MarsclrError
 from marsclr.engine.learner import Autocast, PackLoader, RunLearner
 from marsclr.engine.packing import Pack, load_pack, open_packs
 from marsclr.engine.processes import process_group
 from marsclr.engine.randomness import epoch_order
-from marsclr.engine.run_config import build_model, check_refresh, check_settings
-from marsclr.engine.run_config import check_trainable, make_config, train_in_folder
+from marsclr.engine.run_config import build_callbacks, build_loss, build_model, build_views, check_clusters, check_refresh, check_settings, check_trainable, make_config, train_in_folder
 from marsclr.engine.runs import RunFolder
-from marsclr.engine.sizes import features_size
 from marsclr.engine.views import Views
 from marsclr.engine.weights import input_stats
 from marsclr.losses import losses
@@ -29,7 +26,6 @@ import math, shutil, tempfile
 from copy import deepcopy
 from types import SimpleNamespace
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, timm
-from fastai.callback.core import CancelFitException
 from fastcore.test import *
 from IPython.utils.capture import capture_output
 from torch.nn import functional as F
@@ -38,7 +34,7 @@ from marsclr.archives.marsyard import write_marsyard
 from marsclr.datasets import msl
 from marsclr.engine.callbacks import knn_accuracy, labels_of
 from marsclr.engine.encoders import create_encoder, encode, load_encoder, projection_head
-from marsclr.engine.files import read_json
+from marsclr.engine.files import MarsclrError, read_json
 from marsclr.engine.packing import pack_archive
 from marsclr.engine.views import resized_views
 from marsclr.training import *
@@ -114,7 +110,6 @@ def test_two_views_as_a_callback():
 
 
 def test_the_learner():
-    global fit, small_learner
     parameter = torch.nn.Parameter(torch.ones(1))
     test_eq(type(adam([parameter]).opt), torch.optim.Adam)
     test_eq(type(adam([parameter], decoupled=True).opt), torch.optim.AdamW)
@@ -139,50 +134,6 @@ def test_the_learner():
         small_learner('cluster_aware', clusters=[0, 1, 2])
 
 
-def test_a_run_that_survives():
-    class StopAfter(Callback):
-        "Pull the plug after so many steps"
-        order = 100
-        def __init__(self, steps): self.steps = steps
-        def after_batch(self):
-            if self.train_iter == self.steps: raise CancelFitException()
-
-    def weights(learn):
-        return torch.cat([p.detach().flatten() for p in learn.model.state_dict().values()])
-
-    straight = fit(small_learner(cbs=RunFolder(tmp/'straight', save_every=1)), 3)
-    for steps in (6, 3, 100):
-        cbs = [RunFolder(tmp/'stopped', save_every=1), StopAfter(steps)]
-        stopped = fit(small_learner(cbs=cbs), 3)
-    test_eq(weights(stopped), weights(straight))
-    logs = [pd.read_csv(tmp/name/'log.csv') for name in ('straight', 'stopped')]
-    test_eq(logs[0][['epoch', 'loss', 'lr']], logs[1][['epoch', 'loss', 'lr']])
-    logs[1]
-
-
-def test_from_settings_to_a_learner():
-    asked_for = dict(loss='cluster_aware', temperature=.2)
-    assert build_loss(asked_for, SimpleNamespace(k=2)).needs_clusters
-    with expect_fail(MarsclrError, 'hold all images in one cluster'):
-        build_loss(asked_for, SimpleNamespace(k=1))
-    with expect_fail(MarsclrError, 'but the loss dcl does not use them'):
-        build_loss(dict(loss='dcl', temperature=.2), SimpleNamespace(k=2))
-
-    crops = dict(image_size=48, crop_min=.1, crop_max=.9, colour_strength=.5)
-    built = build_views(crops, small_model())
-    test_eq((built.size, built.scale, built.strength), (48, (.1, .9), .5))
-    turned = build_views(crops | dict(upside_down=.5, quarter_turns=True, blur=.1), small_model())
-    test_eq((turned.upside_down, turned.quarter_turns, turned.blur), (.5, True, .1))
-    test_eq(built(images, rows, seed, epoch, 0).shape, (8, 3, 48, 48))
-
-    plenty = dict(frozen_norm=True, refresh=2, seed=42)
-    cbs = build_callbacks(plenty, small_model().encoder, pack, SimpleNamespace(k=3), labeled=pack)
-    test_eq([cb.name for cb in cbs], ['frozen_norm', 'online_knn', 'refresh_clusters'])
-
-    nothing = dict(frozen_norm=False, refresh=0, seed=42)
-    test_eq(build_callbacks(nothing, small_model().encoder, pack), [])
-
-
 def test_one_function_for_all_of_it():
     global plain
     settings = dict(backbone='resnet10t', image_size=32, epochs=2, batch_size=64, temperature=.2,
@@ -192,14 +143,8 @@ def test_one_function_for_all_of_it():
              'images.csv', 'log.csv'}
     test_eq({path.name for path in run.iterdir()}, files)
     log = pd.read_csv(run/'log.csv')
-    log
-
-    share = log.knn.iloc[0]
-    fall = share - log.knn.iloc[1]
-    n_val = (pack.table.split == 'val').sum()
-    standard_error = math.sqrt(share*(1-share)/n_val)
-    print(f'{n_val} images: a fall of {fall:.1%}, with a standard error of {standard_error:.1%}')
-    assert abs(fall) < 2*standard_error
+    test_eq(len(log.knn.dropna()), 2)
+    log[['epoch', 'loss', 'chance', 'lr', 'seconds', 'images_per_s']]
 
     plain = timm.create_model('resnet10t', num_classes=0, checkpoint_path=run/'encoder.safetensors')
     test_eq(plain.state_dict()['conv1.0.weight'], load_encoder(run).state_dict()['conv1.0.weight'])

@@ -6,8 +6,8 @@ import numpy as np, pandas as pd, torch, torch.nn.functional as F
 from matplotlib import pyplot as plt
 from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score, silhouette_score
 from sklearn.metrics.cluster import contingency_matrix
-from marsclr.engine.clusters import Clusters, capture_clusters, feature_clusters, kmeans, label_clusters, pixel_features, pool_groups
-from marsclr.engine.files import MarsclrError, atomic_write
+from marsclr.engine.clusters import Clusters, capture_clusters, feature_clusters, kmeans, label_clusters, pixel_features, pool_groups, save_table
+from marsclr.engine.files import MarsclrError
 from marsclr.engine.commands import command
 from marsclr.engine.encoders import create_encoder, encode, pick_device
 from marsclr.engine.packing import Pack, pack_stem, open_packs, split_paths
@@ -160,11 +160,22 @@ def test_how_many_clusters():
     table.plot(ax=ax, marker='.', logx=True)
     ax.set(xlabel='number of clusters K', ylabel='share, or index', ylim=(0, 1));
 
+    wrong = warn_impure(pair_quality([0]*4, [0, 0, 1, 2])) # 1 of 6 pairs is right
+    assert 'only 17% of the pairs' in wrong
+    test_eq(warn_impure(pair_quality([0, 0, 1, 1], [0, 0, 1, 1])), '')
+    test_eq(warn_impure(pair_quality(range(4), [0, 0, 1, 1])), '') # no pair
+    test_eq(warn_impure({}), '') # no label
+    print(wrong)
+
     gain = table['caught - swallowed']
     picked = choose_k(x)
     best = gain.idxmax()
     assert gain[picked] > .5*gain[best]
     print(f'picked K = {picked} with {gain[picked]:.2f}; the best is K = {best} with {gain[best]:.2f}')
+    purity = pairs.purity
+    assert max(purity[picked], purity[best]) < enough_purity
+    print(f'of the pairs in a cluster, {purity[picked]:.0%} are of one class at K = {picked}, '
+          f'and {purity[best]:.0%} at K = {best}')
 
 
 def test_from_the_command_line():
@@ -185,10 +196,6 @@ def test_from_the_command_line():
         with expect_fail(MarsclrError, message): _check_options(*options)
     with expect_fail(MarsclrError, '--size -1'): _check_numbers(5, -1, 800, 'p')
     with expect_fail(MarsclrError, 'ends in .npz'): _check_new(tmp/'found.txt')
-
-    save_table(of_bursts, pack, tmp/'table.csv')
-    test_eq(pd.read_csv(tmp/'table.csv').cluster.to_numpy(), of_bursts.ids)
-    test_eq(pd.read_csv(tmp/'table.csv').columns.tolist(), ['path', 'cluster'])
 
     marsclr_cluster([f'{tmp}/pack', '--source', 'capture', '--to', f'{tmp}/capture.npz'])
     test_eq(load_clusters(tmp/'capture.npz', pack).ids, capture.ids)

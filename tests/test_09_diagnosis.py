@@ -9,6 +9,7 @@ from marsclr.engine.files import MarsclrError
 from marsclr.engine.commands import command
 from marsclr.engine.health import describe_copies
 from marsclr.engine.pairs import near_duplicates, nearest_similarity, nothing_to_learn, print_bursts, print_thumbnail_clusters, random_pairs, write_pairs
+from marsclr.clustering import enough_purity
 from marsclr.false_negatives import false_negative_rate, print_rates
 from marsclr.engine.packing import Pack, pack_stem, concat_packs, load_pack
 import shutil, tempfile

@@ -4,6 +4,7 @@ import math, tempfile
 from pathlib import Path
 import pandas as pd, torch, torch.nn.functional as F
 from fastcore.test import *
+from IPython.utils.capture import capture_output
 from torch import nn
 from marsclr.archives.marsyard import write_marsyard
 from marsclr.datasets import msl
@@ -95,7 +96,7 @@ def test_train_with_it():
     yard = write_marsyard(tmp/'yard', n=128, size=32, n_classes=4)
     pack = pack_archive(msl(yard), tmp/'pack', size=32)
     small = dict(backbone='resnet10t', image_size=32, batch_size=32, epochs=1, lr=1e-3, device='cpu')
-    run = pretrain(pack, tmp/'run', loss='debiased', **small)
+    with capture_output(): run = pretrain(pack, tmp/'run', loss='debiased', **small)
     log = pd.read_csv(run/'log.csv')
     chance = math.log(63)
     assert abs(log.loss[0] - chance) < .5

@@ -38,6 +38,11 @@ def test_one_number_an_image():
     for name in ('bad.npz', 'none.npz'):
         with expect_fail(MarsclrError, 'cannot be read as clusters'): load_clusters(tmp/name, pack)
 
+    save_table(two, pack, tmp/'two.csv')
+    table = pd.read_csv(tmp/'two.csv')
+    test_eq(table.cluster.to_numpy(), two.ids)
+    test_eq(table.path.tolist(), pack.table.path.tolist())
+
 
 def test_from_file_names_bursts():
     global capture

@@ -12,7 +12,8 @@ from marsclr.engine.packing import Pack, open_packs
 from marsclr.engine.sizes import check_size, features_size, size_options
 from marsclr.engine.stages import Stages
 from marsclr.engine.weights import backbone_of, describe_init
-import shutil, tempfile
+import io, shutil, tempfile, textwrap
+from contextlib import redirect_stdout
 from unittest.mock import patch as replaced
 from fastcore.test import *
 from marsclr.archives.marsyard import write_marsyard
@@ -47,7 +48,7 @@ def test_one_row_an_image():
     global pack, tiled
     write_marsyard(tmp/'yard', n=40, size=96, n_classes=3)
     yard = image_folder(tmp/'yard')
-    pack = pack_archive(yard, tmp/'pack', size=32)
+    with redirect_stdout(io.StringIO()): pack = pack_archive(yard, tmp/'pack', size=32)
     tiled = pack_archive(yard, tmp/'tiled', size=64, reading=Reading(tiles=True))
     numbers = image_numbers(tiled)
     test_eq(len(tiled), 4*40)
@@ -107,7 +108,9 @@ def test_the_command():
     line = f'{tmp}/weights.safetensors {tmp}/tiled --to {tmp}/tiles --stages --device cpu'
     with expect_fail(SystemExit, 'a file of weights does not tell its backbone'):
         marsclr_embed(line.split())
-    marsclr_embed(f'{line} --backbone test_resnet'.split())
+    with redirect_stdout(io.StringIO()) as said:
+        marsclr_embed(f'{line} --backbone test_resnet'.split())
+    print(textwrap.fill(said.getvalue().replace(f'{tmp}/', ''), 98))
     read_json(tmp/'tiles/summary.json')
 
     with expect_fail(SystemExit, 'out exists: remove it'):

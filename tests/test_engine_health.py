@@ -7,7 +7,7 @@ import pandas as pd, torch, torch.nn.functional as F
 from fastcore.basics import patch
 from marsclr.engine.files import MarsclrError
 from marsclr.engine.learner import RunCallback, unwrap_model
-import math, shutil, tempfile, textwrap
+import inspect, math, re, shutil, tempfile, textwrap
 import numpy as np
 from fastcore.test import *
 from marsclr.archives.marsyard import marsyard
@@ -18,7 +18,7 @@ from marsclr.engine.reading import read_image
 from marsclr.engine.runs import RunFolder
 from marsclr.engine.views import Views
 from marsclr.losses import losses
-from marsclr.training import contrastive_learner
+from marsclr.training import contrastive_learner, pretrain
 from marsclr.engine.health import *
 
 needs_real_images = pytest.mark.skipif(not os.environ.get('MARSCLR_DATA'), reason='needs real images: set MARSCLR_DATA')
@@ -118,6 +118,12 @@ def test_runs_that_fail():
 
     test_eq(judge_health(log.iloc[0]), 'not yet')
     for name in names[1:]: print(textwrap.fill(f'{name}: {advice[name]}', 90), end='\n\n')
+
+    options_of = set(inspect.signature(pretrain).parameters)
+    for sentence in advice.values():
+        named = re.findall(r'--(\w+)', sentence)
+        assert set(named) <= options_of
+        if named: assert sentence.index('marsclr_pretrain ') < sentence.index('--')
 
     train('old', cbs=(), epochs=1)
     train('old', epochs=2)

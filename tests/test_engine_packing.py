@@ -254,7 +254,7 @@ def test_large_frames():
 def test_a_kill_in_the_middle():
     part = Path(shutil.copytree(tmp/'pack', tmp/'.resumed-partial'))
     (part/'pack.json').unlink()
-    os.truncate(part/'table.csv', 12_345)
+    os.truncate(part/'table.csv', 12_765)
     with expect_fail(MarsclrError, 'is not a pack'): load_pack(part)
     with redirect_stdout(io.StringIO()) as said: resumed = pack_archive(archive, tmp/'resumed', size=64)
     for file in (tmp/'pack').iterdir():

@@ -52,7 +52,8 @@ def test_the_identity_of_a_run():
     global clustered, quietly, settings
     settings = dict(backbone='resnet10t', image_size=32, epochs=2, batch_size=64, temperature=.2,
                     device='cpu')
-    run = pretrain(f'{tmp}/pack', f'{tmp}/two', **settings)
+    with capture_output() as shown: run = pretrain(f'{tmp}/pack', f'{tmp}/two', **settings)
+    print(shown.stdout)
     config = read_json(run/'config.json')
     elsewhere = {'pack', 'run', 'clusters', 'save_every', 'knn', 'device'}
     test_eq(set(inspect.signature(pretrain).parameters) - elsewhere - set(config), set())

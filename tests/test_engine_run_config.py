@@ -7,6 +7,7 @@ from fastai.callback.core import Callback
 from fastai.learner import Learner
 from fastai.vision.core import imagenet_stats
 from marsclr import __version__
+from marsclr.engine.callbacks import FrozenNorm, OnlineKnn, RefreshClusters
 from marsclr.engine.encoders import ContrastiveModel, check_name, create_encoder, fast_bf16, pick_device, projection_head, width
 from marsclr.engine.files import MarsclrError, atomic_write
 from marsclr.engine.health import Health, describe_copies, describe_health
@@ -14,11 +15,14 @@ from marsclr.engine.learner import unwrap_model
 from marsclr.engine.packing import Pack
 from marsclr.engine.processes import on_first_rank, rank
 from marsclr.engine.runs import open_run, show_progress
-from marsclr.engine.sizes import check_size, size_options, timm_line
+from marsclr.engine.sizes import check_size, features_size, size_options, timm_line
 from marsclr.engine.stages import why_no_stages
+from marsclr.engine.views import Views
 from marsclr.engine.weights import backbone_of, check_savable, describe_init, input_stats, save_encoder, timm_options_of
 import shutil, tempfile
+from types import SimpleNamespace
 from fastcore.test import *
+from marsclr.losses import losses
 from marsclr.engine.run_config import *
 
 
@@ -29,11 +33,11 @@ def test_what_no_run_can_have():
                 weight_decay=1e-6, optimizer='adam', schedule='constant', warmup=0, layer_decay=1.,
                 frozen_norm=False, crop_min=.08, crop_max=1., colour_strength=1., precision='fp32',
                 seed=42, save_every=0)
-    losses = ('ntxent', 'dcl')
-    check_settings(good, losses)
+    known = ('ntxent', 'dcl')
+    check_settings(good, known)
 
     def refused(message, **wrong):
-        with expect_fail(MarsclrError, message): check_settings(good | wrong, losses)
+        with expect_fail(MarsclrError, message): check_settings(good | wrong, known)
 
     refused("--loss 'simclr' is not known: choose from ntxent dcl", loss='simclr')
     refused("--precision 'half' is not known: choose from auto bf16 fp32", precision='half')
@@ -80,6 +84,39 @@ def test_what_is_written_down():
 
     test_eq(unnamed_settings('cluster_aware')['positives'], 'view')
     test_eq(unnamed_settings('attraction')['positives'], 'cluster')
+
+
+def test_loss_views_and_callbacks():
+    asked_for = dict(loss='cluster_aware', temperature=.2)
+    assert build_loss(losses, asked_for, SimpleNamespace(k=2)).needs_clusters
+    with expect_fail(MarsclrError, 'hold all images in one cluster'):
+        build_loss(losses, asked_for, SimpleNamespace(k=1))
+    with expect_fail(MarsclrError, 'but the loss dcl does not use them'):
+        build_loss(losses, dict(loss='dcl', temperature=.2), SimpleNamespace(k=2))
+
+    loss = losses['cluster_aware'](temperature=.2)
+    with expect_fail(MarsclrError, 'this loss needs clusters'): check_clusters(loss, None, [0]*9)
+    with expect_fail(MarsclrError, '3 cluster ids for a pack of 9 images'):
+        check_clusters(loss, [0, 1, 2], [0]*9)
+    check_clusters(loss, [0]*9, [0]*9)
+    check_clusters(losses['dcl'](), None, [0]*9)
+
+    small = ContrastiveModel(create_encoder('test_resnet'), torch.nn.Identity())
+    crops = dict(image_size=48, crop_min=.1, crop_max=.9, colour_strength=.5)
+    built = build_views(crops, small)
+    test_eq((built.size, built.scale, built.strength), (48, (.1, .9), .5))
+    turned = build_views(crops | dict(upside_down=.5, quarter_turns=True, blur=.1), small)
+    test_eq((turned.upside_down, turned.quarter_turns, turned.blur), (.5, True, .1))
+    squares = torch.zeros(8, 64, 64, 3, dtype=torch.uint8)
+    test_eq(built(squares, torch.arange(8), 42, 0, 0).shape, (8, 3, 48, 48))
+
+    def pack_of(size): return SimpleNamespace(size=size)
+    plenty = dict(frozen_norm=True, refresh=2, seed=42)
+    cbs = build_callbacks(plenty, small.encoder, pack_of(64), SimpleNamespace(k=3), labeled=pack_of(64))
+    test_eq([cb.name for cb in cbs], ['frozen_norm', 'online_knn', 'refresh_clusters'])
+
+    nothing = dict(frozen_norm=False, refresh=0, seed=42)
+    test_eq(build_callbacks(nothing, small.encoder, pack_of(64)), [])
 
 
 def test_from_the_configuration_to_a_finished_run():

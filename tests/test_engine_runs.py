@@ -4,25 +4,19 @@ import signal, time
 from dataclasses import dataclass, field
 from pathlib import Path
 import torch
-from fastai.callback.core import Callback
-from fastai.callback.progress import ProgressCallback
 from fastai.learner import Learner
-from fastcore.basics import patch
 from fastcore.imports import noop
-from fastprogress.fastprogress import format_time
 from marsclr.engine.checkpoints import clear_unfinished, load_checkpoint, load_newest
 from marsclr.engine.checkpoints import write_checkpoint, write_log_row
 from marsclr.engine.files import MarsclrError, Stopped, one_line, read_json, write_json
 from marsclr.engine.learner import Autocast, RunCallback, unwrap_model
 from marsclr.engine.processes import any_rank, check_same_on_all, on_first_rank, rank
-from marsclr.engine.progress import is_watched, line_seconds
 from marsclr.engine.learner import PackLoader, RunLearner
+from marsclr.engine.run_progress import show_progress
 import io, os, shutil, tempfile, zipfile
 from contextlib import redirect_stdout
-from types import SimpleNamespace
-from unittest.mock import patch as replaced
 import pandas as pd
-from fastai.callback.core import CancelFitException
+from fastai.callback.core import Callback, CancelFitException
 from fastai.data.core import DataLoaders
 from fastai.optimizer import OptimWrapper
 from fastcore.test import *
@@ -34,7 +28,7 @@ from marsclr.engine.runs import *
 
 
 def test_stopped_and_exactly_there_again():
-    global StopAfter, new_learner, tmp
+    global tmp
     class Points:
         "Points (x, 3x + 1), in an order that depends on the epoch alone"
         bs = 8
@@ -176,23 +170,5 @@ def test_the_same_run_or_another():
         for epochs in (1, 2): open_run(tmp/'cosine', dict(schedule='cosine', epochs=epochs))
     for foreign in (tmp/'straight', tmp/'run/config.json'):
         with expect_fail(MarsclrError, 'exists and is not a run'): open_run(foreign, dict(lr=.1))
-
-
-def test_saying_where_it_is():
-    class TenSteps:
-        bs,start = 8,3
-        def __len__(self): return 10
-
-    half = SimpleNamespace(iter=4, epoch=1, n_epoch=3, smooth_loss=torch.tensor(.5),
-                           dls=SimpleNamespace(train=TenSteps()))
-    with replaced('time.perf_counter', lambda: 110.):
-        test_eq(run_status(half, 100.), 'loss 0.500, 4 images/s, 00:24 to go')
-
-    def resumed(cbs):
-        learn = new_learner(nn.Linear(1, 1), [RunFolder(tmp/'shown', save_every=1), *cbs])
-        show_progress(learn).fit(3)
-
-    for steps in (12, 100): resumed([StopAfter(steps)])
-    test_eq(len(pd.read_csv(tmp/'shown/log.csv')), 3)
 
     shutil.rmtree(tmp)

@@ -26,15 +26,68 @@ from fastcore.test import *
 from IPython.utils.capture import capture_output
 from marsclr.archives.marsyard import write_marsyard
 from marsclr.engine.weights import describe_init
+from marsclr.start import from_random, marsclr_start, start
 from marsclr.start import *
 
 
-def test_what_is_refused():
-    global images, tmp
+def test_what_you_get():
+    global images, tiny, tmp
     tmp = Path(tempfile.mkdtemp())
     images = write_marsyard(tmp/'yard', n=64, size=48, n_classes=3, homogeneity=.5)/'images'
     print(f'{len(list(images.iterdir()))} images')
+    tiny = dict(from_random, backbone='resnet10t', image_size=32, batch_size=16, warmup=0)
 
+    with capture_output() as said: start(images, tmp/'all', .05, recipe=tiny, size=48)
+    print(said.stdout.replace(f'{tmp}/', ''))
+    made = {path.name for path in (tmp/'all').iterdir()}
+    files = ('map.jpg map.csv neighbours.png features.npy run images.pack pairs.png plan.json '
+             'config.json diagnosis.txt diagnosis.json')
+    test_eq(made - {'.lock'}, set(files.split()))
+
+    fig,ax = plt.subplots(figsize=(6, 5), layout='constrained')
+    ax.imshow(Image.open(tmp/'all'/'map.jpg'))
+    ax.set_axis_off();
+
+    fig,ax = plt.subplots(figsize=(6, 4), layout='constrained')
+    ax.imshow(Image.open(tmp/'all'/'neighbours.png'))
+    ax.set_axis_off();
+
+
+def test_stopped_and_taken_up():
+    def times(): return {path: path.stat().st_mtime_ns for path in (tmp/'all').rglob('*')
+                         if path.is_file() and path.name != '.lock'}
+
+    before = times()
+    with capture_output() as again: start(images, tmp/'all', .05, recipe=tiny, size=48)
+    test_eq(times(), before)
+    assert 'is finished' in again.stdout
+    old = np.load(tmp/'all'/'features.npy')
+    (tmp/'all'/'features.npy').unlink()
+    with capture_output() as again: start(images, tmp/'all', .05, recipe=tiny, size=48)
+    changed = [path.name for path,when in times().items() if before[path] != when]
+    test_eq(changed, ['features.npy'])
+    test_eq(np.load(tmp/'all'/'features.npy'), old)
+
+    def interrupted(*args, **kwargs): raise KeyboardInterrupt
+
+    (tmp/'all'/'features.npy').unlink()
+    names = start.__globals__
+    real = names['encode_to']
+    names['encode_to'] = interrupted
+    with expect_fail(MarsclrError, 'what is done is kept, the same command goes on from there'):
+        with capture_output(): start(images, tmp/'all', .05, recipe=tiny, size=48)
+    names['encode_to'] = real
+    with capture_output(): start(images, tmp/'all', .05, recipe=tiny, size=48)
+    test_eq(np.load(tmp/'all'/'features.npy'), old)
+
+    with expect_fail(MarsclrError, 'minutes is 0.05 there, 2 here'):
+        start(images, tmp/'all', 2, recipe=tiny, size=48)
+    other = write_marsyard(tmp/'other', n=40, size=48)/'images'
+    with expect_fail(MarsclrError, "/yard/images' there"):
+        start(other, tmp/'all', .05, recipe=tiny, size=48)
+
+
+def test_how_it_works_what_is_refused():
     for minutes in 0, -1, math.nan, math.inf:
         with expect_fail(MarsclrError, 'give more than 0'): check_start(images, tmp/'out', minutes)
     (tmp/'empty').mkdir()
@@ -96,8 +149,7 @@ def test_the_recipe_and_what_it_brings():
 
 
 def test_how_long_it_takes():
-    global plan, tiny
-    tiny = dict(from_random, backbone='resnet10t', image_size=32, batch_size=16, warmup=0)
+    global plan
     with capture_output(): speed = images_per_second(pack, tiny)
     assert 0 < speed < 1e6
 
@@ -133,13 +185,7 @@ def test_two_pictures():
     draw_neighbours(pack, features, table, plan, tmp/'out')
     assert set(table.image) == set(range(64))
     test_eq(draw_map(pack, features, tmp/'out', 42).image, table.image)
-    fig,ax = plt.subplots(figsize=(6, 5), layout='constrained')
-    ax.imshow(Image.open(tmp/'out'/'map.jpg'))
-    ax.set_axis_off();
-
-    fig,ax = plt.subplots(figsize=(6, 4), layout='constrained')
-    ax.imshow(Image.open(tmp/'out'/'neighbours.png'))
-    ax.set_axis_off();
+    assert (tmp/'out'/'neighbours.png').stat().st_size > 10_000
 
 
 def test_all_steps():
@@ -149,45 +195,6 @@ def test_all_steps():
     kept = load_encoder(tmp/'out'/'run').state_dict()
     for name,weight in loaded.state_dict().items(): test_eq(weight, kept[name])
     assert '512 numbers for each image' in told
-
-    with capture_output() as said: start(images, tmp/'all', .05, recipe=tiny, size=48)
-    print(said.stdout.replace(f'{tmp}/', ''))
-    made = {path.name for path in (tmp/'all').iterdir()}
-    files = ('map.jpg map.csv neighbours.png features.npy run images.pack pairs.png plan.json '
-             'config.json diagnosis.txt diagnosis.json')
-    test_eq(made - {'.lock'}, set(files.split()))
-
-    def times(): return {path: path.stat().st_mtime_ns for path in (tmp/'all').rglob('*')
-                         if path.is_file() and path.name != '.lock'}
-
-    before = times()
-    with capture_output() as again: start(images, tmp/'all', .05, recipe=tiny, size=48)
-    test_eq(times(), before)
-    assert 'is finished' in again.stdout
-    old = np.load(tmp/'all'/'features.npy')
-    (tmp/'all'/'features.npy').unlink()
-    with capture_output() as again: start(images, tmp/'all', .05, recipe=tiny, size=48)
-    changed = [path.name for path,when in times().items() if before[path] != when]
-    test_eq(changed, ['features.npy'])
-    test_eq(np.load(tmp/'all'/'features.npy'), old)
-
-    def interrupted(*args, **kwargs): raise KeyboardInterrupt
-
-    (tmp/'all'/'features.npy').unlink()
-    names = start_training.__globals__
-    real = names['encode_to']
-    names['encode_to'] = interrupted
-    with expect_fail(MarsclrError, 'what is done is kept, the same command goes on from there'):
-        with capture_output(): start(images, tmp/'all', .05, recipe=tiny, size=48)
-    names['encode_to'] = real
-    with capture_output(): start(images, tmp/'all', .05, recipe=tiny, size=48)
-    test_eq(np.load(tmp/'all'/'features.npy'), old)
-
-    with expect_fail(MarsclrError, 'minutes is 0.05 there, 2 here'):
-        start(images, tmp/'all', 2, recipe=tiny, size=48)
-    other = write_marsyard(tmp/'other', n=40, size=48)/'images'
-    with expect_fail(MarsclrError, "/yard/images' there"):
-        start(other, tmp/'all', .05, recipe=tiny, size=48)
 
 
 def test_the_command():

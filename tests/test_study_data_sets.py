@@ -14,6 +14,8 @@ import pandas as pd
 from fastcore.test import *
 from IPython.utils.capture import capture_output
 from matplotlib import pyplot as plt
+from marsclr.datasets import image_folder, subset
+from marsclr.engine.files import data_root
 from marsclr.study.data_sets import *
 
 needs_real_images = pytest.mark.skipif(not os.environ.get('MARSCLR_DATA'), reason='needs real images: set MARSCLR_DATA')
@@ -34,6 +36,43 @@ def test_the_table_on_real_images():
         test_eq(each.groups in archive.table, True)
         assert max(min(archive.open(row).size) for row in (0, -1)) <= each.native_size
         print(archive)
+
+
+@needs_real_images
+def test_table_1_and_figure_1():
+    ours = {'Perseverance': image_folder(data_root()/'perseverance'),
+            'Curiosity': image_folder(data_root()/'curiosity'),
+            'MSL v2.1': msl(), 'HiRISE v3.2': hirise()}
+    paper = {'Perseverance': 112535, 'Curiosity': 100000,
+             'MSL v2.1': '5920 / 300 / 600', 'HiRISE v3.2': '6997 / 2025 / 1793'}
+
+    def sizes(archive):
+        if not archive.classes: return len(archive)
+        counts = archive.table.split.value_counts()
+        return ' / '.join(str(counts[split]) for split in ('train', 'val', 'test'))
+
+    def sol_range(archive):
+        known = archive.table.sol[archive.table.sol >= 0]
+        return f'{known.min()}-{known.max()}' if len(known) else '-'
+
+    def describe(archive):
+        return dict(here=sizes(archive), classes=len(archive.classes),
+                    cameras=archive.table.camera.nunique(), sols=sol_range(archive))
+
+    table1 = pd.DataFrame([dict(name=name, paper=paper[name]) | describe(archive)
+                           for name,archive in ours.items()])
+    test_eq(table1.here.tolist(), [538, 6835, '5920 / 300 / 600', '3337 / 970 / 923'])
+    table1.set_index('name')
+
+    fig,axs = plt.subplots(4, 6, figsize=(7, 5.2), dpi=60)
+    for row,(name,archive) in zip(axs, ours.items()):
+        chosen = subset(archive, 6, seed=1)
+        for i,ax in enumerate(row):
+            ax.imshow(chosen.open(i).resize((96, 96)))
+            ax.set_axis_off()
+            if archive.classes: ax.set_title(archive.classes[chosen.table.label[i]], fontsize=7)
+        row[0].text(-12, 48, name, rotation=90, va='center', ha='center', fontsize=8)
+    fig.suptitle('Fig. 1 from the files at hand: six random images of each set', fontsize=9);
 
 
 def test_packs():

@@ -138,18 +138,20 @@ def judge_health(
 # %% ../../nbs/engine/health.ipynb #he000026
 advice = {
     'good': 'the curve looks right',
-    'collapsed': 'all images have come to look the same to the encoder: lower --lr, to a tenth '
-                 'for a start, or give --warmup, and start anew',
+    'collapsed': 'all images have come to look the same to the encoder: lower the learning '
+                 'rate, to a tenth for a start, or give warm-up steps (marsclr_pretrain --lr, '
+                 '--warmup), and start anew',
     'too alike': 'the two views of an image are nearly the same picture, so there is little to '
-                 'learn: make crops smaller (--crop_min 0.08) and colours stronger '
-                 '(--colour_strength 1)',
+                 'learn: make crops smaller and colours stronger (marsclr_pretrain '
+                 '--crop_min 0.08 --colour_strength 1)',
     'too low a rate': 'the loss has not left its starting value, and the weights hardly move: '
-                      'raise --lr, to ten times as much for a start',
+                      'raise the learning rate, to ten times as much for a start '
+                      '(marsclr_pretrain --lr)',
     'too different': 'the loss has not left its starting value, and the two views of an image have '
-                     'little in common: make crops larger (--crop_min 0.2, or 0.5) and colours '
-                     'weaker (--colour_strength 0.5)',
+                     'little in common: make crops larger and colours weaker (marsclr_pretrain '
+                     '--crop_min 0.2, or 0.5, --colour_strength 0.5)',
     'not yet': 'the loss has not left its starting value: train longer; if it stays there, make '
-               'crops larger (--crop_min 0.2) and look at the archive (marsclr_falseneg diagnose)',
+               'crops larger (marsclr_pretrain --crop_min 0.2) and look at the archive (marsclr_falseneg diagnose)',
 }
 
 def describe_health(

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['choices', 'least', 'check_settings', 'check_trainable', 'check_refresh', 'make_config', 'unnamed_settings',
-           'build_model', 'check_same_images', 'write_images', 'ListImages', 'train_in_folder']
+           'build_loss', 'check_usable', 'check_clusters', 'build_views', 'build_callbacks', 'build_model',
+           'check_same_images', 'write_images', 'ListImages', 'train_in_folder']
 
 # %% ../../nbs/engine/run_config.ipynb #57702d1d
 import math, textwrap
@@ -15,6 +16,7 @@ from fastai.callback.core import Callback
 from fastai.learner import Learner
 from fastai.vision.core import imagenet_stats
 from .. import __version__
+from .callbacks import FrozenNorm, OnlineKnn, RefreshClusters
 from .encoders import (ContrastiveModel, check_name, create_encoder, fast_bf16,
                                      pick_device, projection_head, width)
 from .files import MarsclrError, atomic_write
@@ -23,8 +25,9 @@ from .learner import unwrap_model
 from .packing import Pack
 from .processes import on_first_rank, rank
 from .runs import open_run, show_progress
-from .sizes import check_size, size_options, timm_line
+from .sizes import check_size, features_size, size_options, timm_line
 from .stages import why_no_stages
+from .views import Views
 from .weights import (backbone_of, check_savable, describe_init, input_stats,
                                     save_encoder, timm_options_of)
 
@@ -114,6 +117,64 @@ def unnamed_settings(
         timm_options={}, upside_down=0., quarter_turns=False, blur=0.,
         init='random weights', normalisation=list(map(list, imagenet_stats)), layer_decay=1.,
         frozen_norm=False, positives='cluster' if loss == 'attraction' else 'view')
+
+# %% ../../nbs/engine/run_config.ipynb #8f2bc453
+def build_loss(
+    losses:dict, # classes by name: those of the lesson
+    config:dict, # what `make_config` made
+    groups=None, # `Clusters`
+): # a `ContrastiveLoss`
+    "The loss of a configuration; clusters that are of no use to it are refused"
+    loss = losses[config['loss']](temperature=config['temperature'])
+    if groups: check_usable(config['loss'], loss, groups)
+    return loss
+
+# %% ../../nbs/engine/run_config.ipynb #a704ca39
+def check_usable(name, loss, groups):
+    "Refuse clusters that a loss does not use, or that leave it no negatives"
+    if not loss.needs_clusters:
+        raise MarsclrError(f'--clusters are given, but the loss {name} does not use them')
+    if groups.k < 2:
+        raise MarsclrError('--clusters hold all images in one cluster, so no view has a negative: '
+                           'make more clusters')
+
+# %% ../../nbs/engine/run_config.ipynb #d3242a49
+def check_clusters(loss, clusters, pack):
+    "Refuse a loss without the clusters that it needs, and clusters of another pack"
+    if getattr(loss, 'needs_clusters', False) and clusters is None:
+        raise MarsclrError('this loss needs clusters: make them with marsclr_cluster')
+    if clusters is not None and len(clusters) != len(pack):
+        raise MarsclrError(f'{len(clusters)} cluster ids for a pack of {len(pack)} images')
+
+# %% ../../nbs/engine/run_config.ipynb #91db86e1
+def build_views(
+    config:dict, # what `make_config` made
+    model,       # `ContrastiveModel`
+) -> Views:
+    "The augmentation of a configuration, normalised as the model wants it"
+    crop = (config['crop_min'], config['crop_max'])
+    options = {name: config.get(name, 0) for name in ('upside_down', 'quarter_turns', 'blur')}
+    stats = input_stats(model)
+    return Views(config['image_size'], crop, config['colour_strength'], stats=stats, **options)
+
+# %% ../../nbs/engine/run_config.ipynb #f6335ede
+def build_callbacks(
+    config:dict,    # what `make_config` made
+    encoder,
+    pack:Pack,      # what to learn from
+    groups=None,    # its `Clusters`
+    labeled=None,   # pack for the online k-NN
+) -> list:
+    "What a configuration asks for beside the steps"
+    cbs = []
+    if config['frozen_norm']: cbs.append(FrozenNorm())
+    if labeled:
+        features_size(encoder, labeled.size)
+        cbs.append(OnlineKnn(labeled))
+    if config['refresh']:
+        features_size(encoder, pack.size)
+        cbs.append(RefreshClusters(pack, groups.k, config['refresh'], config['seed']))
+    return cbs
 
 # %% ../../nbs/engine/run_config.ipynb #1ce7c781
 def build_model(
