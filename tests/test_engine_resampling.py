@@ -14,6 +14,9 @@ def test_by_matrices():
     weights = triangle_weights(torch.tensor([2]), torch.tensor([4]), 8, 2)[0]
     test_close(weights.sum(1), torch.ones(2))
     test_eq(weights[:,:2].abs().max() + weights[:,6:].abs().max(), 0)
+    test_close(weights[0].flip(0), weights[1], eps=1e-6)
+    same = triangle_weights(torch.tensor([0]), torch.tensor([5]), 5, 5)[0]
+    test_close(same, torch.eye(5), eps=1e-6)
     weights.round(decimals=2)
 
     images = torch.from_numpy(marsyard(200, size=96)[0])
@@ -29,6 +32,9 @@ def test_by_matrices():
         return view.flip(2) if flips[i] else view
 
     for i in range(20): test_close(by_matrix[i], by_torchvision(i), eps=1e-2)
+    assert by_matrix.min() >= 0 and by_matrix.max() <= 255.01
+    mirrored = resample_by_matrix(images, boxes, ~flips, 64)
+    test_close(mirrored, by_matrix.flip(3), eps=1e-3)
 
 
 def test_by_loops():
@@ -44,6 +50,8 @@ def test_the_weights_that_are_not_zero():
     test_eq(taps, [.5, .5, 0])
     fill_taps(taps, 0, .5, 1., 1) # the second pixel lies outside
     test_eq(taps, [1, 0, 0])
+    fill_taps(taps, 2, 3., 2., 9)
+    test_close(taps.sum(), 1, eps=1e-6)
 
     first, weights = triangle_taps(3, 6)
     test_eq(first, [0, 0, 0, 1, 1, 2])

@@ -39,6 +39,11 @@ def test_accuracy_against_the_number_of_labels():
     drawn = next_rows(features[train_rows], pool, np.arange(5), 20, 'random', 0)
     test_eq(len(set(drawn) - set(range(5))), 20)
     test_eq((labeled_part(pool, drawn).table.label >= 0).sum(), 20)
+    suggested = next_rows(features[train_rows], pool, np.arange(5), 20, 'suggested', 0)
+    test_eq(len(set(suggested) - set(range(5))), 20)
+    steps = list(rounds(features[train_rows], pool, (10, 30), 'random', 1))
+    test_eq([len(known) for known in steps], [10, 30])
+    test_eq(steps[1][:10], steps[0]) # labels stay
     on_yard.groupby(['labels', 'way']).accuracy.mean().unstack().round(1)
 
     rows = [dict(way=way, draw=draw, labels=10, accuracy=value) for way,values in
@@ -49,6 +54,7 @@ def test_accuracy_against_the_number_of_labels():
 
     curve = pd.read_csv('../results/labels-msl.csv')
     test_eq(curve.draw.nunique(), 10)
+    test_eq(set(curve.way), {'suggested', 'random'})
     curve_figure(curve);
 
     means = curve.groupby(['way', 'labels']).accuracy.mean()

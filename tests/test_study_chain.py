@@ -40,6 +40,10 @@ def test_the_four_encoders():
         some = keep_clusters(tmp/'some.npz', pool, partial(label_clusters, pool))
     same = keep_clusters(tmp/'some.npz', pool, None)
     test_eq(same.fingerprint, some.fingerprint)
+    test_eq(same.k, pool.table.label.nunique())
+    first,again,other = (random_encoder('resnet10t', seed).conv1[0].weight for seed in (1, 1, 2))
+    test_eq(first, again)
+    assert not torch.equal(first, other)
 
     with capture_output(): encoders = make_encoders(packs['pool'], tmp/'tiny', tiny, 42)
     test_eq(list(encoders), ['random weights', 'eq. 1', 'cluster-aware, found clusters',
@@ -47,6 +51,7 @@ def test_the_four_encoders():
     caught = pd.read_csv(tmp/'tiny/clusters-seed42.csv').set_index('source')
     test_eq(caught.caught['true'], 1)
     assert 0 < caught.caught['found'] < 1
+    test_eq(caught.clusters.tolist(), [10, 10])
     caught.round(3).T
 
     config = {name: read_json(tmp/f'tiny/{name}-seed42/config.json')

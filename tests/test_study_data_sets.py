@@ -26,6 +26,8 @@ def test_the_table():
     table = pd.DataFrame([vars(each) for each in data_sets.values()]).set_index('name')[shown]
     test_eq(table.short.is_unique, True)
     assert (table[['licence', 'source']] != '').all(axis=None)
+    test_eq(set(table.index), set(data_sets))
+    test_eq(set(table.groups), {'sol', 'sequence', 'path'})
     table.T
 
 
@@ -88,4 +90,9 @@ def test_packs():
     with capture_output() as said: again = make_packs('marsyard', tmp, 64, n=400)
     test_eq(said.stdout, '')
     test_eq(again['MarsYard'].fingerprint, packs['MarsYard'].fingerprint)
+    test_eq({name: pack.name for name,pack in again.items()}, dict.fromkeys(packs, 'MarsYard'))
+    learn,test = draw_yards(tmp, 64, 400)
+    test_eq((learn.name, learn.short, test.name), ('pool', 'pool', 'MarsYard'))
+    assert learn.reader().table.path.tolist() != test.reader().table.path.tolist()
+    check_archives('marsyard') # has none
     shutil.rmtree(tmp)

@@ -36,6 +36,7 @@ def test_how_long_will_it_take():
     assert speed > 0
     test_eq(expected_seconds(first_settings, 600), (48_000 + 16*2200)/600)
     assert expected_seconds(small, speed) < expected_seconds(first_settings, speed)
+    test_eq(expected_seconds(first_settings, 300), 2*expected_seconds(first_settings, 600))
 
 
 def test_two_images_that_are_pushed_apart():
@@ -52,12 +53,17 @@ def test_two_images_that_are_pushed_apart():
     of_burst,one_class = pairs.values()
     test_eq(bursts[of_burst[:,0]], bursts[of_burst[:,1]])
     assert (bursts[one_class[:,0]] != bursts[one_class[:,1]]).all()
+    for some in pairs.values(): test_eq(len(set(label[some[:,0]])), len(some)) # of each class one
+    test_eq(len(false_pairs(pool, batch, 1)['of one class']), 1)
+    none = false_pairs(pool, batch[:1])
+    test_eq([len(some) for some in none.values()], [0, 0])
 
     told = rate_told(pool, 64)
     print(told)
     shares = np.bincount(label)/len(label)
     test_close(rate_of(pool), (shares@shares*len(label) - 1)/(len(label) - 1), eps=1e-6)
     assert f'{rate_of(pool):.1%}' in told
+    assert f'{63*rate_of(pool):.1f} images of its own' in told.replace('\n', ' ')
 
 
 def test_four_encoders():
@@ -68,6 +74,8 @@ def test_four_encoders():
     test_eq('frozen ImageNet network' in encoders, has_imagenet())
     with capture_output() as again: first_encoders(pool, folder, small, 42)
     test_eq(again.stdout.count('is finished'), 2)
+    for name,weight in create_encoder('resnet10t').state_dict().items():
+        test_eq(encoders['equation 1'].state_dict()[name].shape, weight.shape)
 
 
 def test_what_they_know():
@@ -77,6 +85,7 @@ def test_what_they_know():
     table = first_table(features, labeled, 42)
     assert ((table.low <= table.accuracy) & (table.accuracy <= table.high)).all()
     assert table.neighbours.between(0, 1).all()
+    test_eq(table.encoder.tolist(), list(features))
     table.round(3)
 
     with capture_output() as said: print_table(table, 60)
@@ -86,10 +95,15 @@ def test_what_they_know():
     assert all(name in line for name,line in zip(table.encoder, lines[1:]))
 
 
-def test_the_command():
+def test_one_picture():
     shown = {name: features[name] for name in names}
-    first_figure(pool, pairs, labeled, shown, 3);
+    fig = first_figure(pool, pairs, labeled, shown, 3)
+    above,below = fig.subfigs
+    test_eq(len(above.axes), sum(map(len, pairs.values())))
+    test_eq(sum(bool(ax.images) for ax in below.axes), 3*(1 + 3*len(shown)))
 
+
+def test_the_command():
     with capture_output() as said: made = first(folder/'whole', small)
     print(said.stdout)
     for path in made.split(): assert Path(path).stat().st_size > 100

@@ -17,9 +17,11 @@ def test_on_which_machine():
     test_eq(installed_version('no-such-package'), 'not installed')
     test_eq(installed_version('numpy'), np.__version__)
     assert processor()
+    assert '\n' not in processor()
 
     here = machine()
     test_eq(here['torch'], installed_version('torch'))
+    assert set(peers) <= set(here) and here['cores'] >= here['threads']
     assert 'gpu' not in here
     test_eq([on_gpu(device) for device in ('cpu', 'cuda', 'cuda:1')], [False, True, True])
     here
@@ -32,11 +34,15 @@ def test_time():
 
     test_eq(calls_of_a_turn({'short': .001, 'long': 3.}, .01), {'short': 10, 'long': 1})
     test_eq(calls_of_a_turn({'short': .001}, 0), {'short': 1})
+    test_eq(calls_of_a_turn({}, 1), {})
 
     called = []
     turns = take_turns({'short': lambda: called.append(1)}, 2, least=.05)
     test_eq(turns.shape, (2, 1))
     assert len(called) > 3 # one to warm up, and then as many as fill two turns
+    assert (turns > 0).all(axis=None)
+    once = take_turns({'b': lambda: None, 'a': lambda: None}, rounds=3, warmup=0)
+    test_eq((once.shape, list(once)), ((3, 2), ['b', 'a']))
 
     tidied = []
     two = {'ours': lambda: time.sleep(.002), 'theirs': lambda: time.sleep(.006)}
@@ -46,9 +52,15 @@ def test_time():
     test_eq([type(name) for name in table.case], [str, str])
     assert 1 <= table.median_ms[0] < 5 and 3 <= table.median_ms[1]
     assert 1.5 < table.times_ours[1] < 6 # on a busy machine, sleeping takes longer
+    assert (table.quartile_1_ms <= table.median_ms).all()
+    assert (table.median_ms <= table.quartile_3_ms).all()
+    test_eq(table.times_ours[0], 1)
+    test_eq(summary(turns, 2, size=7)['size'].tolist(), [7, 7])
     table.round(2)
 
-    ratio_figure(table.assign(views=1, case=['ours', 'theirs']), 'views');
+    some = table.assign(views=1, case=['ours', 'theirs'])
+    ax = ratio_figure(some, 'views').axes[0]
+    test_close([bar.get_height() for bar in ax.patches], table.times_ours.tolist(), eps=1e-9)
 
     def missing():
         import no_such_package
@@ -78,3 +90,4 @@ def test_what_to_measure_on():
     pictures = Pictures(pack, np.asarray)
     test_eq(len(pictures), 20)
     test_eq(pictures[3], pack[np.array([3])][0].numpy())
+    test_eq(len(yard_images(3, 32)), 3)

@@ -22,6 +22,8 @@ from marsclr.study.presets import *
 
 def test_settings_that_fit_a_laptop():
     for each in (laptop, yard, tiny): assert set(each) <= set(signature(pretrain).parameters)
+    test_eq({k for k in laptop if yard[k] != laptop[k]}, {'image_size', 'warmup'})
+    assert tiny['crop_max'] > laptop['crop_max'] and tiny['image_size'] < yard['image_size']
     pd.DataFrame(dict(laptop=laptop, yard=yard, tiny=tiny))
 
 
@@ -29,11 +31,16 @@ def test_studies_on_their_own():
     for each in clusters.values():
         assert set(each.texture) <= set(signature(texture_clusters).parameters)
     test_eq({each.clusters for each in smoke.values()}, {20, 150})
+    for study in (homogeneity, purity): test_eq(list(study), ['marsyard'])
+    assert all(each.seeds == seeds and each.ks == sorted(each.ks) for each in clusters.values())
+    assert purity['marsyard'].ways[0] == ('wrong', 0) # the true classes come first
 
 
 def test_grids_of_cells():
     assert 'fig3' in paper_groups and 'longer' not in paper_groups
     test_eq(len(groups['fig3']) - len(no_ceiling), 1)
+    test_eq(without(['a'], dict(a=1, b=2)), dict(b=2))
+    assert aware['true classes'] not in no_ceiling
 
     for each in (laptop_msl, gpu_msl, paper_msl):
         assert set(each.pretrain) <= set(signature(pretrain).parameters)
@@ -45,5 +52,6 @@ def test_grids_of_cells():
 
 def test_the_table():
     for by_data in presets.values(): assert set(by_data) <= set(families)
+    test_eq([data for by_data in presets.values() for data in by_data].count('msl'), 6)
     pd.DataFrame({preset: {data: type(settings).__name__ for data,settings in by_data.items()}
                   for preset,by_data in presets.items()}).fillna('').T

@@ -19,6 +19,7 @@ from marsclr.study.price import *
 
 def test_opening():
     assert weights('resnet10t') < weights('resnet18') < weights('resnet50')
+    test_eq(weights('resnet18'), 11_689_512 - 1000*513) # torchvision's, without its classifier
     {name: weights(name) for name in ('resnet10t', 'resnet18', 'resnet50')}
 
     tiny = dict(backbone='resnet10t', image_size=32, epochs=1, batch_size=16, warmup=2)
@@ -44,6 +45,8 @@ def test_opening():
         bill = price(asked, costs, folder).set_index('method')
     test_eq(bill.encoders['eq. 1'], 0)
     test_eq(bill.encoders['DCL'], 2)
+    test_eq(bill.minutes['eq. 1'], 1) # two probes
+    test_eq(encoders_to_train(asked[:0], nowhere), set())
 
     def asked_for(group, *methods):
         "The cells of some methods, one seed each"

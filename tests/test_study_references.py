@@ -14,16 +14,22 @@ from types import SimpleNamespace
 from unittest.mock import patch
 from fastcore.test import *
 from marsclr.study.references import *
+from marsclr.study.references import _write
 
 
 def test_yards_to_learn_from():
     lowest = SimpleNamespace(uniform=lambda low, high: low, choice=lambda values: values[-1])
     test_eq(draw_yard(lowest, 5), dict(n=1200, n_classes=2, burst=8., imbalance=1.5, homogeneity=.6,
                                        seed=105))
+    test_eq(draw_yard(np.random.default_rng(1), 3)['seed'], 103)
 
     yards = pd.DataFrame(reference_yards())
     test_eq(yards.to_dict(), pd.DataFrame(reference_yards()).to_dict())
     assert yards.n_classes.between(2, 120).all() and yards.seed.is_unique
+    test_eq(len(yards), n_yards)
+    for name,values in dict(burst={1, 3, 8}, imbalance={0, .7, 1.5},
+                            homogeneity={0, .2, .4, .6}).items():
+        test_eq(set(yards[name]), values)
     yards.drop(columns=['n', 'seed']).describe().loc[['min', '50%', 'max']]
 
     test_eq(set(yards.seed) & {each['seed'] for each in test_yards}, set())
@@ -33,6 +39,9 @@ def test_all_archives():
     with tempfile.TemporaryDirectory() as folder:
         small = [dict(n=8, seed=1), dict(n=8, seed=2)]
         test_eq([pack.name for pack in yard_packs(Path(folder), small, 24)], ['yard 24', 'yard 25'])
+        again = yard_packs(Path(folder), small, 24)
+        test_eq([len(pack) for pack in again], [8, 8])
+        test_eq(len({pack.fingerprint for pack in again}), 2)
 
     asked = []
     def stand_in(archives):
@@ -48,12 +57,16 @@ def test_all_archives():
         test_eq((to/'diagnosis.csv').read_text(), 'family,rate,judged\nyard,0.33333,to test\n')
         test_eq(found.judged.tolist(), ['to test'])
     test_eq(asked, ['to learn from'])
+    with tempfile.TemporaryDirectory() as folder:
+        _write(pd.DataFrame(dict(rate=[2/3])), Path(folder)/'t.csv')
+        test_eq((Path(folder)/'t.csv').read_text(), 'rate\n0.66667\n')
 
 
 def test_what_came_out():
     archives = pd.read_csv('../results/references.csv')
     judged = pd.read_csv('../results/diagnosis.csv')
     test_eq((archives.family == 'MarsYard').sum(), n_yards)
+    test_eq(set(judged.name[judged.name.str.startswith('yard')]), {'yard 24', 'yard 25', 'yard 26'})
     inside = judged.rate.between(judged.low, judged.high)
     print(f'{len(archives)} archives of reference; the interval holds the true rate '
           f'for {inside.sum()} of the {len(judged)} that are tested')

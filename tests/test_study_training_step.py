@@ -25,6 +25,7 @@ def test_the_floor():
     test_eq(views.shape, (32, 3, 32, 32))
     assert views.isfinite().all()
     assert not torch.equal(views[:16], views[16:]) # two different views of each image
+    test_eq(two_views(pack, 32, 16), views)
 
     model = model_of('resnet10t')
     before = model_of('resnet10t').head(torch.ones(2, 512))
@@ -39,10 +40,15 @@ def test_the_loops():
     test_eq(len(learn.dls.train), 3)
     fit_quietly(learn, 2)
     test_eq(learn.epoch, 1)
+    assert all(p.isfinite().all() for p in learn.model.parameters())
+    start = model_of('resnet10t').encoder.conv1[0].weight
+    assert not torch.equal(learn.model.encoder.conv1[0].weight, start)
 
     cases = train_cases(pack, 'resnet10t', 32, 16, workers=0)
     assert all(callable(epoch) for epoch in cases.values())
     test_eq(list(cases)[:2], ['marsclr', 'floor: one batch, over and over'])
+    test_eq('lightly' in cases, "lightly's input, our step" in cases)
+    test_eq(len(cases), 2 + 2*('lightly' in cases))
     summary(take_turns(cases, 2), len(pack)).round(2)
 
 
@@ -53,10 +59,13 @@ def test_where_the_time_goes():
     once = [loss_loop(one_batch, 16), augment_loop(one_batch, 32, 16)]
     for f in three + once: f()
     test_eq([counted(f, steps=3) for f in three], [counted(f) for f in once])
+    assert all(counted(f)['operations'] > 10 for f in once)
 
     parts = parts_of_a_step(pack, 'resnet10t', 32, 16, rounds=2)
     assert parts['model'] > parts['loader']
     assert parts['loop'] > parts['augmentation'] and parts['model'] > parts['loss']
+    test_eq(list(parts.index), ['loop', 'model', 'augmentation', 'loader', 'loss'])
+    assert (parts > 0).all()
     parts.round(1).to_dict()
 
     def judged(**ms): return verdict(ms).split(':')[0]
@@ -66,6 +75,8 @@ def test_where_the_time_goes():
     test_eq(judged(loop=100, model=40, augmentation=55, loader=10), 'augmentation-bound')
     test_eq(judged(loop=100, model=40, augmentation=5, loader=10), 'overhead-bound')
 
+    judgements = ('compute', 'loader', 'augmentation', 'overhead')
+    assert verdict(parts).split('-bound')[0] in judgements
     print(fill(verdict(parts), 100))
 
 
@@ -73,6 +84,9 @@ def test_what_a_step_asks_for():
     found = steps_counted(our_learner(pack, 'resnet10t', 32, 16))
     test_eq(list(found), ['operations'])
     test_eq(steps_counted(our_learner(pack.where(np.arange(96) % 48), 'resnet10t', 32, 16)), found)
+    assert found['operations'] > 100
+    three_steps = our_learner(pack, 'resnet10t', 32, 16)
+    test_eq(steps_counted(three_steps), steps_counted(three_steps))
 
     counts = counts_of_a_step(pack, 'resnet10t', 32, 16).operations
     test_eq(counts.index.tolist(), ['loop', 'model', 'augmentation', 'loss'])
