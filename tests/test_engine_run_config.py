@@ -22,6 +22,7 @@ from marsclr.engine.weights import backbone_of, check_savable, describe_init, in
 import shutil, tempfile
 from types import SimpleNamespace
 from fastcore.test import *
+from marsclr.archives.marsyard import marsyard
 from marsclr.losses import losses
 from marsclr.engine.run_config import *
 
@@ -110,13 +111,14 @@ def test_loss_views_and_callbacks():
     squares = torch.zeros(8, 64, 64, 3, dtype=torch.uint8)
     test_eq(built(squares, torch.arange(8), 42, 0, 0).shape, (8, 3, 48, 48))
 
-    def pack_of(size): return SimpleNamespace(size=size)
+    pixels,table = marsyard(60, size=64)
+    yard = Pack([pixels], table)
     plenty = dict(frozen_norm=True, refresh=2, seed=42)
-    cbs = build_callbacks(plenty, small.encoder, pack_of(64), SimpleNamespace(k=3), labeled=pack_of(64))
+    cbs = build_callbacks(plenty, small.encoder, yard, SimpleNamespace(k=3), labeled=yard)
     test_eq([cb.name for cb in cbs], ['frozen_norm', 'online_knn', 'refresh_clusters'])
 
     nothing = dict(frozen_norm=False, refresh=0, seed=42)
-    test_eq(build_callbacks(nothing, small.encoder, pack_of(64)), [])
+    test_eq(build_callbacks(nothing, small.encoder, yard), [])
 
 
 def test_from_the_configuration_to_a_finished_run():

@@ -41,6 +41,7 @@ def test_the_four_encoders():
     same = keep_clusters(tmp/'some.npz', pool, None)
     test_eq(same.fingerprint, some.fingerprint)
     test_eq(same.k, pool.table.label.nunique())
+
     first,again,other = (random_encoder('resnet10t', seed).conv1[0].weight for seed in (1, 1, 2))
     test_eq(first, again)
     assert not torch.equal(first, other)
