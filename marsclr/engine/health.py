@@ -151,7 +151,8 @@ advice = {
                      'little in common: make crops larger and colours weaker (marsclr_pretrain '
                      '--crop_min 0.2, or 0.5, --colour_strength 0.5)',
     'not yet': 'the loss has not left its starting value: train longer; if it stays there, make '
-               'crops larger (marsclr_pretrain --crop_min 0.2) and look at the archive (marsclr_falseneg diagnose)',
+               'crops larger (marsclr_pretrain --crop_min 0.2) and look at the archive '
+               '(marsclr_falseneg diagnose)',
 }
 
 def describe_health(
