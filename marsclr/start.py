@@ -103,7 +103,9 @@ def say_found(
         f'know better, count the numbered pairs in {to}/pairs.png that show the same thing, and '
         f'give their number to marsclr_falseneg diagnose {to}/images.pack --alike COUNT.')
 
-def share(value): return f'{value:.0%}' if value >= .1 else f'{value:.1%}'
+def share(value):
+    "A share as a percentage"
+    return f'{value:.0%}' if value >= .1 else f'{value:.1%}'
 
 def fold(
     text:str,

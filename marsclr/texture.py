@@ -46,6 +46,7 @@ class Encoding(nn.Module):
 def forward(self:Encoding,
     x:torch.Tensor, # (B, N, dim) descriptors
 ) -> torch.Tensor: # (B, K, dim)
+    "For each codeword, the differences of the descriptors from it, weighted by nearness"
     c = self.codewords
     squared = (x*x).sum(-1, keepdim=True) - 2*x @ c.T + (c*c).sum(-1)
     a = (self.scale*squared).softmax(-1).transpose(1, 2)
@@ -89,6 +90,7 @@ class TextureNet(nn.Module):
 def forward(self:TextureNet,
     x:torch.Tensor, # (B, 3, H, W) images
 ) -> torch.Tensor: # (B, 512) embeddings, or 128 for the DEP variant
+    "Embeddings of a batch of images"
     places = self.trunk.forward_features(x).flatten(2).transpose(1, 2)
     with torch.autocast(x.device.type, enabled=False): patterns = self.encoding(places.float())
     texture = self.texture(F.normalize(patterns.flatten(1), dim=1))
@@ -126,6 +128,7 @@ def forward(self:TripletLoss,
     clusters:torch.Tensor, # (M,) cluster of each
     *address:int,          # of the draw: seed, epoch, step
 ) -> torch.Tensor: # scalar, the mean over pairs with a violating negative; 0 if there is none
+    "The loss of the batch of all processes, with one negative for each pair"
     d = squared_distances(gather(z))
     clusters = gather(clusters)
     same = clusters[:,None] == clusters

@@ -92,6 +92,7 @@ def finish(self:Part,
 def check_digest(
     known, # `md5:...` or `sha256:...`
 ): # a check for `get_file`
+    "Make a check that a file has the digest that is known of it"
     kind,_,value = known.partition(':')
     def check(path):
         found = digest(path, kind)

@@ -40,7 +40,9 @@ class LogisticProbe:
         "The most probable class"
         return self.classes[self.log_probabilities(x).argmax(1)]
 
-def standardise(x, mean, scale): return ((x-mean)/scale).astype(np.float32)
+def standardise(x, mean, scale):
+    "Features less their means, divided by their scales, in float32"
+    return ((x-mean)/scale).astype(np.float32)
 
 def spread(x):
     "Standard deviation of each feature, 1 where it is constant"

@@ -95,6 +95,7 @@ def resample_block(
 # %% ../../nbs/engine/view_kernel.ipynb #vk000017
 @jit
 def grey_of(r, g, b):
+    "The brightness of a colour, as torchvision weighs it"
     return .2989*r + .587*g + .114*b
 
 @jit

@@ -36,18 +36,21 @@ def matrix_loss(
 
 # %% ../../nbs/study/speed.ipynb #7069b082
 def our_loss(z, temperature):
+    "NT-Xent of this library"
     loss = NTXentLoss(temperature)
     ids = torch.arange(len(z)//2, device=z.device).repeat(2)
     return partial(loss, z, ids)
 
 # %% ../../nbs/study/speed.ipynb #9c1e7924
 def lightly_loss(z, temperature):
+    "NT-Xent of lightly"
     from lightly.loss import NTXentLoss
     loss = NTXentLoss(temperature)
     return partial(loss, *z.chunk(2))
 
 # %% ../../nbs/study/speed.ipynb #0c8f393f
 def metric_learning_loss(z, temperature):
+    "NT-Xent of pytorch-metric-learning"
     from pytorch_metric_learning.losses import NTXentLoss
     loss = NTXentLoss(temperature)
     ids = torch.arange(len(z)//2, device=z.device).repeat(2)
