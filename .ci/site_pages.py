@@ -3,6 +3,7 @@
 It is what nbdev's `proc_nbs` does, with two differences: signatures are plain and fit on a page,
 and names lead to the module that defines them. Two processes share the work, and what it imports.
 """
+import ast
 import inspect
 import multiprocessing
 import os
@@ -18,10 +19,10 @@ import nbformat
 from fastcore.docments import DocmentText, qual_name
 from IPython.core.history import HistoryManager
 from nbdev.config import get_config
-from nbdev.doclinks import NbdevLookup, _get_exps
+from nbdev.doclinks import NbdevLookup, _get_exps, patch_name
 from nbdev.serve_drv import exec_nb
 
-from notebook_tests import directives, notebooks
+from notebook_tests import code, directives, notebooks
 
 ROOT = Path(__file__).resolve().parent.parent
 WIDTH = 88    # characters of a line of a signature, at most
@@ -95,6 +96,7 @@ def plain(text:str) -> str:
 class Renderer(nbdev.showdoc.BasicMarkdownRenderer):
     "What `show_doc` shows: a link to the source, the name as a heading, signature and docstring."
     module = ''  # of the notebook in work, such as marsclr.engine.files
+    shown = set()  # names whose whole source stands below what is shown of them
     faults = []  # what is wrong in that notebook
 
     def __init__(self, sym, name=None, title_level=3):
@@ -107,10 +109,10 @@ class Renderer(nbdev.showdoc.BasicMarkdownRenderer):
         file = self.module.replace('.', '/') + '.py'
         address = f'{REPOSITORY}/{file}#L{_get_exps(file)[self.nm]}'
         link = f'[source]({address}){{target="_blank" style="float:right; font-size:smaller"}}'
-        code = f'```python\n{self.dm}\n```'
         shown = self.nm.replace('_', r'\_')
         head = f'{"#"*self.title_level} {shown} {{#{self.nm.lower()}}}'
-        return '\n\n'.join(['---', link, head, code, plain(self.docs)])
+        rest = [] if self.nm in self.shown else [f'```python\n{self.dm}\n```', plain(self.docs)]
+        return '\n\n'.join(['---', link, head, *rest])
 
 
 # --- links
@@ -161,17 +163,20 @@ class Processors(nbdev.processors.FilterDefaults):
         return [own.get(step.__name__, step) for step in super().base_procs()]
 
 
-def module_of(path:Path) -> str:
-    "The module that a notebook makes, such as marsclr.engine.files; empty if it makes none."
+def read_names(path:Path) -> tuple[str, set]:
+    "The module that a notebook makes, empty if none, and the names whose source it shows."
     cells = [o for o in nbformat.read(path, 4).cells if o.cell_type == 'code']
-    names = [directives(cell)['default_exp'] for cell in cells if 'default_exp' in directives(cell)]
-    return f'marsclr.{names[0]}' if names else ''
+    modules = [directives(o)['default_exp'] for o in cells if 'default_exp' in directives(o)]
+    shown = [node for o in cells if 'exports' in directives(o) for node in ast.parse(code(o)).body]
+    names = {patch_name(node) for node in shown if hasattr(node, 'name')}
+    return (f'marsclr.{modules[0]}' if modules else ''), names
 
 
 def process(path:Path) -> list[str]:
     "Write the processed notebook; its faults."
     name = path.relative_to(ROOT/'nbs')
-    Renderer.module, Renderer.faults = module_of(path), []
+    Renderer.module, Renderer.shown = read_names(path)
+    Renderer.faults = []
     nbdev.showdoc.BasicMarkdownRenderer = Renderer
     try: exec_nb(path, ROOT/'_proc'/name, Processors)
     except Exception as e: return [f'nbs/{name}: {e}: {e.__cause__}']

@@ -133,6 +133,23 @@ def test_a_docstring_of_ones_own_is_asked_for(symbol, fault):
     assert site_pages.Renderer.faults == fault and bool(text) == (not fault)
 
 
+def test_what_stands_in_full_below_is_not_said_twice(tmp_path):
+    cells = ['#| default_exp a.b', '#| exports\n@patch\ndef look(self:Health): return 1',
+             '#| export\ndef hidden(): return 2']
+    path = tmp_path/'a.ipynb'
+    nbformat.write(new_notebook(cells=[new_code_cell(o) for o in cells]), path)
+    assert site_pages.read_names(path) == ('marsclr.a.b', {'Health.look'})
+    site_pages.Renderer.module = 'marsclr.engine.health'
+    from marsclr.engine.health import Health, spread
+    for names, blocks in (set(), 1), ({'Health.look', 'spread'}, 0):
+        site_pages.Renderer.shown = names
+        texts = [shown(symbol)._repr_markdown_() for symbol in (Health.look, spread)]
+        assert [len(site_pages.FENCE.findall(text)) for text in texts] == [blocks, blocks]
+        assert [text.splitlines()[4] for text in texts] == [
+            '### Health.look {#health.look}', '### spread {#spread}']
+    site_pages.Renderer.module, site_pages.Renderer.shown = '', set()
+
+
 def test_stars_of_a_docstring_stay_stars():
     assert site_pages.plain(shown(documented).docs) == r'Two stars, 2\*\*3, and `a*b`'
 
