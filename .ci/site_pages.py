@@ -1,7 +1,8 @@
 """Turn the notebooks into what Quarto or smalldocs renders.
 
-It is what nbdev's `proc_nbs` does, with two differences: signatures are plain and fit on a page,
-and names lead to the module that defines them. Two processes share the work, and what it imports.
+It is what nbdev's `proc_nbs` does, but signatures are plain and fit on a page, a function whose source
+follows is not shown twice, and names lead to the module that defines them. Two processes share the
+work, and what it imports.
 """
 import ast
 import inspect
@@ -20,6 +21,7 @@ from fastcore.docments import DocmentText, qual_name
 from IPython.core.history import HistoryManager
 from nbdev.config import get_config
 from nbdev.doclinks import NbdevLookup, _get_exps, patch_name
+from nbdev.process import Processor
 from nbdev.serve_drv import exec_nb
 
 from notebook_tests import code, directives, notebooks
@@ -156,10 +158,20 @@ def add_links(cell):
 
 # --- notebooks
 
+class SourceBelow(Processor):
+    "Put the source that a page shows below what is shown of all its names."
+    def begin(self):
+        cells = self.nb.cells
+        for at in [i for i,o in enumerate(cells) if 'exports' in o.directives_]:
+            end = at + 1
+            while end < len(cells) and getattr(cells[end], 'has_sd', 0): end += 1
+            cells[at:end] = [*reversed(cells[at + 1:end]), cells[at]]
+
+
 class Processors(nbdev.processors.FilterDefaults):
-    "nbdev's steps, with links of our own."
+    "nbdev's steps, two of them our own."
     def base_procs(self):
-        own = {'add_links': add_links}
+        own = {'add_links': add_links, 'mv_exports': SourceBelow}
         return [own.get(step.__name__, step) for step in super().base_procs()]
 
 

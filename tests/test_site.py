@@ -3,6 +3,7 @@ import importlib.util
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import pytest
@@ -148,6 +149,17 @@ def test_what_stands_in_full_below_is_not_said_twice(tmp_path):
         assert [text.splitlines()[4] for text in texts] == [
             '### Health.look {#health.look}', '### spread {#spread}']
     site_pages.Renderer.module, site_pages.Renderer.shown = '', set()
+
+
+def test_source_stands_below_all_of_its_names():
+    cell = lambda name, exported=0, sd=0: SimpleNamespace(
+        name=name, has_sd=sd, directives_={'exports': ''} if exported else {})
+    cells = [cell('a'), cell('source', 1), cell('second', 0, 1), cell('first', 0, 1),
+             cell('source 2', 1), cell('third', 0, 1), cell('b')]
+    notebook = SimpleNamespace(cells=cells)
+    site_pages.SourceBelow(notebook).begin()
+    order = ['a', 'first', 'second', 'source', 'third', 'source 2', 'b']
+    assert [o.name for o in notebook.cells] == order
 
 
 def test_stars_of_a_docstring_stay_stars():
