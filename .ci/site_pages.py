@@ -1,8 +1,8 @@
 """Turn the notebooks into what Quarto or smalldocs renders.
 
-It is what nbdev's `proc_nbs` does, but signatures are plain and fit on a page, a function whose source
-follows is not shown twice, and names lead to the module that defines them. Two processes share the
-work, and what it imports.
+It is what nbdev's `proc_nbs` does, but signatures are plain and fit on a page, a function whose
+source follows is not shown twice, and names lead to the module that defines them. Two processes
+share the work, and what it imports.
 """
 import ast
 import inspect
