@@ -20,11 +20,11 @@ def test_one_rock():
         "Each row of images (3, H, W) beside each other"
         columns = len(rows[0])
         size = 1.2*columns, 1.35*len(rows)
-        fig, axs = plt.subplots(len(rows), columns, figsize=size, dpi=54, squeeze=False)
+        fig, axs = plt.subplots(len(rows), columns, figsize=size, dpi=75, squeeze=False)
         for ax,view in zip(axs.flat, [view for row in rows for view in row]):
             ax.imshow(view.permute(1, 2, 0))
             ax.set_axis_off()
-        for ax,title in zip(axs[0], titles): ax.set_title(title, fontsize=8)
+        for ax,title in zip(axs[0], titles): ax.set_title(title, fontsize=9)
 
     test_eq(images.shape, (200, 3, 96, 96))
     rocks = images[[3, 14, 42, 77, 120, 150]]
