@@ -1,9 +1,10 @@
 """Which backbones of timm can be trained, saved, loaded in plain timm, and taken apart into stages?
 
-The smallest model of each family (as far as three names tell it), if it has at most MOST million weights, with images of SIZE pixels, on a CPU.
-A line each, and a summary; exit 1 where one that can be trained cannot be saved.
+The smallest model of each family (as far as three names tell it), or with --every all of them,
+with at most MOST million weights, with images of SIZE pixels, on a CPU. A line each, and a summary;
+exit 1 where one that can be trained cannot be saved.
 
-    python .ci/backbones.py [--size 64] [--most 10] [--seconds 600]
+    python .ci/backbones.py [--every] [--size 64] [--most 10] [--seconds 600]
 """
 import argparse
 import contextlib
@@ -54,6 +55,12 @@ def smallest(most, tries=3):
     return sorted(rows)
 
 
+def every(most):
+    "The name and the millions of weights of all models that are small enough"
+    rows = [(name, weights_of(name)) for name in timm.list_models(exclude_filters='test_*')]
+    return [(name, n) for name, n in rows if n <= most]
+
+
 def step(encoder, size):
     "One forward and backward pass of two images"
     model = ContrastiveModel(encoder.train(), projection_head(width(encoder)))
@@ -75,13 +82,14 @@ def look(name, size):
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument('--every', action='store_true', help='not only the smallest of each family')
     p.add_argument('--size', type=int, default=64)
     p.add_argument('--most', type=float, default=10)
     p.add_argument('--seconds', type=float, default=600)
     args = p.parse_args()
     warnings.filterwarnings('ignore')
     began = time.monotonic()
-    names = smallest(args.most)
+    names = every(args.most) if args.every else smallest(args.most)
     rows = []
     for name, n in names:
         if time.monotonic() - began > args.seconds: break
@@ -92,7 +100,7 @@ def main():
         print(f'{name:40} {n:5.1f} M, {size} px{told}: {what}', flush=True)
         rows.append(row)
     def count(i): return sum(bool(row[i]) for row in rows)
-    print(f'timm {timm.__version__}: {len(rows)} of {len(names)} families tried in {time.monotonic()-began:.0f} s; '
+    print(f'timm {timm.__version__}: {len(rows)} of {len(names)} {'models' if args.every else 'families'} tried in {time.monotonic()-began:.0f} s; '
           f'{sum(row[0] == args.size for row in rows)} take {args.size} px, '
           f'{sum(bool(row[1]) for row in rows)} of them with an option of timm; '
           f'not trained {count(2)}, not saved {count(3)}, no stages {count(4)}')

@@ -21,12 +21,12 @@ from .engine.atlas_page import (most_on_page, readable, serve_words, thumbnails,
                                        write_views)
 from .engine.clusters import capture_clusters, feature_clusters
 from .engine.commands import command
-from .engine.embed import named_encoder
+from .engine.embed import by_image as mean_by_image, middle_tiles, named_encoder
 from .engine.encoders import encode, pick_device
 from .engine.files import (MarsclrError, atomic_write, check_new, digest, one_line,
                                   read_json, write_json)
 from .engine.packing import Pack, load_pack, pack_stem
-from .engine.reading import Reading, read_image
+from .engine.reading import Reading, read_pieces
 from .engine.thumbnails import found_figure, map_figure, save_figure
 
 # %% ../nbs/11_atlas.ipynb #11at0002
@@ -190,15 +190,19 @@ def marsclr_atlas(
     backbone:str='resnet18', # for `random`: timm name
     seed:int=42,      # of clusters, map and random weights
     device:str='',    # cpu, cuda, ...; the best there is by default
+    by_image:bool=False, # of a pack of tiles: features of an image are the mean over its tiles
     serve:bool=False, # show it with embedding-atlas at a local address (needs marsclr[atlas])
 ):
     "A map of an archive, to be opened in a browser"
-    data = load_pack(pack)
+    squares = load_pack(pack)
+    data = middle_tiles(squares) if by_image else squares
     to = Path(to or f'{pack_stem(pack)}.atlas')
     check_atlas(data, to, clusters, size, serve)
     encoder = atlas_encoder(run, backbone, seed)
-    features = encode(encoder, data, size or None, device=pick_device(device), progress=True)
-    source = dict(run=_run_name(run), weights=_weights_hash(run), backbone=backbone, size=size)
+    features = encode(encoder, squares, size or None, device=pick_device(device), progress=True)
+    if by_image: features = mean_by_image(features, squares)[0]
+    source = dict(run=_run_name(run), weights=_weights_hash(run), backbone=backbone, size=size,
+                  by_image=by_image)
     place = str(Path(pack).resolve())
     write_atlas(data, features, to, clusters, seed=seed, packed=place, **source)
     _print_atlas(data, to, features)
@@ -238,6 +242,7 @@ def open_atlas(
     "Read an atlas, and check that its pack and its encoder are still the same"
     told = read_json(Path(folder)/'atlas.json', 'run', 'weights', 'packed', 'images', 'size')
     pack = load_pack(told['packed'])
+    if told.get('by_image'): pack = middle_tiles(pack)
     if pack.fingerprint != told['images']:
         raise MarsclrError(f'{told["packed"]} holds other images than {folder} was made of: '
                            'make the atlas again with marsclr_atlas')
@@ -259,12 +264,13 @@ def encode_file(
 ) -> np.ndarray: # (1, D) features
     "Read and encode an image as those of the atlas were"
     meta = read_json(Path(told['packed'])/'pack.json')
-    reading = Reading(value_range=tuple(meta.get('range', ())), bands=tuple(meta.get('bands', ())))
-    pixels,_,reason = read_image(image, pack.size, reading)
-    if reason: raise MarsclrError(f'{image} cannot be read: {reason}')
-    alone = Pack([pixels[None]], pd.DataFrame(dict(path=[str(image)])))
+    reading = Reading(value_range=tuple(meta.get('range', ())), bands=tuple(meta.get('bands', ())),
+                      tiles=told.get('by_image', False), overlap=meta.get('overlap', 0))
+    got = read_pieces(image, pack.size, reading)
+    if got.reason: raise MarsclrError(f'{image} cannot be read: {got.reason}')
+    alone = Pack([got.pixels], pd.DataFrame(dict(path=[str(image)]*len(got.pixels))))
     encoder = atlas_encoder(told['run'], told['backbone'], told['seed'])
-    return encode(encoder, alone, told['size'] or None).numpy()
+    return encode(encoder, alone, told['size'] or None).mean(0, keepdim=True).numpy()
 
 # %% ../nbs/11_atlas.ipynb #11at002f
 @command

@@ -17,7 +17,7 @@ from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score, s
 from sklearn.metrics.cluster import contingency_matrix
 from .engine.clusters import (Clusters, capture_clusters, feature_clusters, kmeans,
                                      label_clusters, pixel_features, pool_groups, save_table)
-from .engine.files import MarsclrError
+from .engine.files import MarsclrError, check_writable
 from .engine.commands import command
 from .engine.encoders import create_encoder, encode, pick_device
 from .engine.packing import Pack, pack_stem, open_packs, split_paths
@@ -242,6 +242,7 @@ def _check_new(to):
     for path in (to, to.with_suffix('.csv')):
         if path.exists():
             raise MarsclrError(f'{path} exists: remove it or give another file with --to')
+    check_writable(to)
 
 # %% ../nbs/06_clustering.ipynb #05a03da0
 def _write_results(found, data, to):

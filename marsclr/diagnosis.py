@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np, pandas as pd
 from .engine.clusters import pixel_features
-from .engine.files import MarsclrError
+from .engine.files import MarsclrError, check_writable
 from .engine.commands import command
 from .engine.health import describe_copies
 from .engine.pairs import (near_duplicates, nearest_similarity, nothing_to_learn,
@@ -248,13 +248,13 @@ def diagnose(
     picture = Path(to or f'{pack_stem(source)}.pairs.png')
     pairs = random_pairs(len(pack), seed=seed)
     _check_diagnosis(source, len(pack), batch, alike, len(pairs))
+    check_writable(picture)
     x = pixel_features(pack)
     print(pack)
     if problem := nothing_to_learn(x):
         print(problem)
         return np.ones(5)
-    copies = describe_copies(pack.table)
-    if copies: print(f'{pack.name}: {copies}')
+    if copies := describe_copies(pack.table): print(f'{pack.name}: {copies}')
     similarity = nearest_similarity(pack, device=device)
     rate = estimate_rate(similarity, None if alike < 0 else alike, len(pairs))
     near = near_duplicates(pack, x)

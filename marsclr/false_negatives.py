@@ -7,12 +7,13 @@ __all__ = ['chance_of_one_class', 'spread_of_batches', 'false_negative_rate', 'c
            'read_counts', 'class_by_cluster', 'print_rates']
 
 # %% ../nbs/08_false_negatives.ipynb #28fdaef5
+import re
 from pathlib import Path
 
 import numpy as np
 from sklearn.metrics.cluster import contingency_matrix
 from .engine.clusters import load_clusters
-from .engine.files import MarsclrError
+from .engine.files import MarsclrError, numbered_lines
 from .engine.packing import load_pack, split_paths
 
 # %% ../nbs/08_false_negatives.ipynb #he080007
@@ -152,11 +153,9 @@ def read_counts(
         is_file = path.is_file()
     except OSError: is_folder = is_file = False  # longer than a file name can be
     if is_folder: return np.bincount(_known_labels(source, load_pack(path)))
-    try: words = path.read_text().split('\n') if is_file else source.split(',')
-    except UnicodeDecodeError as e:
-        raise MarsclrError(f'{source} is not a text file of labels') from e
-    numbers = _read_numbers(source, words)
-    return np.unique(numbers, return_counts=True)[1] if is_file else np.array(numbers, dtype=float)
+    if not is_file: return np.array(_read_numbers(source), dtype=float)
+    labels = [_label_at_end(f'{source}, line {i}', line) for i,line in numbered_lines(path)]
+    return np.unique(labels, return_counts=True)[1]
 
 # %% ../nbs/08_false_negatives.ipynb #he08001b
 def _known_labels(source, pack):
@@ -168,9 +167,15 @@ def _known_labels(source, pack):
     return label[label >= 0]
 
 # %% ../nbs/08_false_negatives.ipynb #d7567d19
-def _read_numbers(source, words):
-    "The last number of each word or line that is not empty"
-    try: numbers = [int(word.split()[-1]) for word in words if word.strip()]
+def _label_at_end(where, line):
+    "The number at the end of a line, after a blank, a comma or a semicolon"
+    last = re.split(r'[\s,;]+', line.replace('"', '').strip(' ,;'))[-1]
+    if re.fullmatch(r'\d+', last): return int(last)
+    raise MarsclrError(f'{where}: expected a label at its end, a number from 0 up, found {line!r}')
+
+def _read_numbers(source):
+    "Numbers with commas between"
+    try: numbers = [int(word) for word in source.split(',') if word.strip()]
     except ValueError as e:
         kinds = 'a pack, nor a file with a label at the end of each line, nor numbers'
         raise MarsclrError(f'{source!r} is neither {kinds} separated by commas') from e

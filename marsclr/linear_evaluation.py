@@ -27,7 +27,7 @@ from sklearn.preprocessing import StandardScaler
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import TensorDataset
-from .engine.files import MarsclrError, atomic_write, read_json, write_json
+from .engine.files import MarsclrError, atomic_write, check_new, read_json, write_json
 from .engine.commands import command
 from .engine.embed import by_image as mean_by_image, load_projection, named_encoder
 from .engine.encoders import ContrastiveModel, Stages, create_encoder, encode
@@ -240,8 +240,7 @@ def check_options(run, to, kind, size, stages, predict=''):
         raise MarsclrError(f'{run} weights have no run folder: give --to')
     if predict and kind not in ('logistic', 'projection'):
         raise MarsclrError(f'--predict goes with --kind logistic or projection, not with {kind}')
-    if to.exists() and not (predict and (to/'classifier.npz').is_file()):
-        raise MarsclrError(f'{to} exists: remove it or give another folder with --to')
+    if not (predict and (to/'classifier.npz').is_file()): check_new(to)
 
 # %% ../nbs/05_linear_evaluation.ipynb #a294b6c5
 def probed_encoder(run, kind, backbone, stages, seed):

@@ -19,7 +19,7 @@ from sklearn.preprocessing import StandardScaler
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import TensorDataset
-from marsclr.engine.files import MarsclrError, atomic_write, read_json, write_json
+from marsclr.engine.files import MarsclrError, atomic_write, check_new, read_json, write_json
 from marsclr.engine.commands import command
 from marsclr.engine.embed import by_image as mean_by_image, load_projection, named_encoder
 from marsclr.engine.encoders import ContrastiveModel, Stages, create_encoder, encode

@@ -7,7 +7,7 @@ from matplotlib import pyplot as plt
 from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score, silhouette_score
 from sklearn.metrics.cluster import contingency_matrix
 from marsclr.engine.clusters import Clusters, capture_clusters, feature_clusters, kmeans, label_clusters, pixel_features, pool_groups, save_table
-from marsclr.engine.files import MarsclrError
+from marsclr.engine.files import MarsclrError, check_writable
 from marsclr.engine.commands import command
 from marsclr.engine.encoders import create_encoder, encode, pick_device
 from marsclr.engine.packing import Pack, pack_stem, open_packs, split_paths

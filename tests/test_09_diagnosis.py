@@ -5,7 +5,7 @@ from functools import partial
 from pathlib import Path
 import numpy as np, pandas as pd
 from marsclr.engine.clusters import pixel_features
-from marsclr.engine.files import MarsclrError
+from marsclr.engine.files import MarsclrError, check_writable
 from marsclr.engine.commands import command
 from marsclr.engine.health import describe_copies
 from marsclr.engine.pairs import near_duplicates, nearest_similarity, nothing_to_learn, print_bursts, print_thumbnail_clusters, random_pairs, write_pairs

@@ -11,11 +11,11 @@ from threadpoolctl import threadpool_limits
 from marsclr.engine.atlas_page import most_on_page, readable, serve_words, thumbnails, write_views
 from marsclr.engine.clusters import capture_clusters, feature_clusters
 from marsclr.engine.commands import command
-from marsclr.engine.embed import named_encoder
+from marsclr.engine.embed import by_image as mean_by_image, middle_tiles, named_encoder
 from marsclr.engine.encoders import encode, pick_device
 from marsclr.engine.files import MarsclrError, atomic_write, check_new, digest, one_line, read_json, write_json
 from marsclr.engine.packing import Pack, load_pack, pack_stem
-from marsclr.engine.reading import Reading, read_image
+from marsclr.engine.reading import Reading, read_pieces
 from marsclr.engine.thumbnails import found_figure, map_figure, save_figure
 import shutil, tempfile
 from fastcore.test import *

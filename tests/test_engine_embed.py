@@ -56,6 +56,11 @@ def test_one_row_an_image():
     test_eq(image_numbers(pack), np.arange(40))
     test_eq(image_table(tiled).path.tolist(), pack.table.path.tolist())
     test_eq(len(by_image(np.zeros((160, 2)), tiled)[0]), 40)
+    middle = middle_tiles(tiled)
+    test_eq(middle.table.path.tolist(), pack.table.path.tolist())
+    test_eq(set(zip(middle.table.x, middle.table.y)), {(0, 32)})
+    test_eq(middle[7], tiled[7*4+2])
+    test_eq(middle_tiles(pack).fingerprint, pack.fingerprint)
     test_eq(mean_over_tiles(np.array([[1.], [3], [7]]), np.array([0, 0, 1])), [[2.], [7.]])
 
 

@@ -42,6 +42,7 @@ def test_whole_files_or_none():
     with tempfile.TemporaryDirectory() as d, patch('os.access', lambda path, mode: False):
         refused = f'{d} cannot be written to: give another place for run (by --to'
         with expect_fail(MarsclrError, refused): check_writable(f'{d}/new/run')
+        with expect_fail(MarsclrError, refused): check_new(f'{d}/new/run')
         with patch.dict(os.environ, MARSCLR_DATA=d):
             with expect_fail(MarsclrError, 'set MARSCLR_DATA to a folder of yours'):
                 check_writable(f'{d}/curiosity')

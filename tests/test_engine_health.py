@@ -36,6 +36,7 @@ def test_six_numbers():
     test_close((spread(same), effective_rank(same)), (0, 1), eps=1e-5)
     apart = torch.cat([torch.eye(4), -torch.eye(4)])
     test_close((spread(apart), effective_rank(apart)), (1, 4), eps=1e-5)
+    assert math.isnan(effective_rank(same/0*0)) # a run that has exploded is stopped elsewhere
 
     images,table = marsyard(256, size=64)
     rows = torch.arange(64)
@@ -74,9 +75,11 @@ def test_a_callback_that_writes_them_down():
     tmp = Path(tempfile.mkdtemp())
     pack = Pack([images], table)
 
-    def train(name, cbs=(Health,), lr=1e-3, scale=(.08, 1), strength=1., epochs=8):
+    def train(name, cbs=(Health,), lr=1e-3, scale=(.08, 1), strength=1., epochs=8, bias=0.):
         torch.manual_seed(0)
         encoder = create_encoder('test_resnet')
+        norms = [m for m in encoder.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+        torch.nn.init.constant_(norms[-1].bias, bias)
         model = ContrastiveModel(encoder, projection_head(width(encoder)))
         cbs = [RunFolder(tmp/name), *(cb() for cb in cbs)]
         learn = contrastive_learner(pack, model, losses['ntxent'](), Views(32, scale, strength),
@@ -118,6 +121,13 @@ def test_runs_that_fail():
 
     test_eq(judge_health(log.iloc[0]), 'not yet')
     for name in names[1:]: print(textwrap.fill(f'{name}: {advice[name]}', 90), end='\n\n')
+
+    train('no spread', bias=100., epochs=4)
+    row = log_of('no spread').iloc[-1]
+    assert row.spread < HealthLimits().no_spread and row.different < HealthLimits().collapsed
+    test_eq(judge_health(row), 'collapsed')
+    test_ne(judge_health({**row, 'spread': .5}), 'collapsed')
+    row[columns].round(5).to_frame().T
 
     options_of = set(inspect.signature(pretrain).parameters)
     for sentence in advice.values():

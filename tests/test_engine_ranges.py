@@ -76,6 +76,10 @@ def test_settled_once_for_a_pack():
     test_eq(lines[:2], lines[2:])
     print(*lines[0].replace(' (', '; (').split('; '), lines[1], sep='\n')
 
+    test_eq(how_values_are_read(meta), 'range 1000.0 1020.0')
+    test_eq(how_values_are_read(dict(range=[.1, 2], bands=(3, 2, 1))), 'range 0.1 2; bands 3 2 1')
+    test_eq(how_values_are_read({}), '')
+
     (flat/'table.csv').write_text('path\n0.png\n')
     settle_range(flat, 'pack', archive, Reading((0, 9)))
     test_eq((flat/'table.csv').read_text(), '')

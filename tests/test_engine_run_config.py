@@ -2,17 +2,19 @@
 # A function is a section of the notebook. They run in order: a name that another section uses too is global.
 import math, textwrap
 from pathlib import Path
-import pandas as pd, torch
+import numpy as np, pandas as pd, torch
 from fastai.callback.core import Callback
 from fastai.learner import Learner
 from fastai.vision.core import imagenet_stats
 from marsclr import __version__
 from marsclr.engine.callbacks import FrozenNorm, OnlineKnn, RefreshClusters
+from marsclr.engine.clusters import pixel_features
 from marsclr.engine.encoders import ContrastiveModel, check_name, create_encoder, fast_bf16, pick_device, projection_head, width
 from marsclr.engine.files import MarsclrError, atomic_write
 from marsclr.engine.health import Health, describe_copies, describe_health
 from marsclr.engine.learner import unwrap_model
 from marsclr.engine.packing import Pack
+from marsclr.engine.pairs import nothing_to_learn
 from marsclr.engine.processes import on_first_rank, rank
 from marsclr.engine.runs import open_run, show_progress
 from marsclr.engine.sizes import check_size, features_size, size_options, timm_line
@@ -146,4 +148,18 @@ def test_from_the_configuration_to_a_finished_run():
     check_same_images(run, SomeImages('a.jpg', '"b, c".jpg'))
     with expect_fail(MarsclrError, '(2 new, such as d.jpg, 1 gone, such as a.jpg)'):
         check_same_images(run, SomeImages('"b, c".jpg', 'd.jpg', 'e.jpg'))
+    with expect_fail(MarsclrError, '(1 new, such as d.jpg, none gone)'):
+        check_same_images(run, SomeImages('a.jpg', '"b, c".jpg', 'd.jpg'))
+    with expect_fail(MarsclrError, '(none new, 1 gone, such as a.jpg)'):
+        check_same_images(run, SomeImages('"b, c".jpg'))
     shutil.rmtree(run)
+
+    blank = np.zeros((100, 8, 8, 3), np.uint8) + np.arange(100, dtype=np.uint8)[:,None,None,None]
+    paths = pd.DataFrame(dict(path=[f'{i}.png' for i in range(100)]))
+    with expect_fail(MarsclrError, 'all 100 images are blank'):
+        check_images_differ(Pack([blank], paths))
+    scene = np.random.default_rng(0).integers(0, 256, (1, 8, 8, 3), dtype=np.uint8)
+    with expect_fail(MarsclrError, 'all 100 images are the same'):
+        check_images_differ(Pack([scene.repeat(100, 0)], paths))
+    blank[70,:4] = 0
+    check_images_differ(Pack([blank], paths))

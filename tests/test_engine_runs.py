@@ -8,7 +8,7 @@ from fastai.learner import Learner
 from fastcore.imports import noop
 from marsclr.engine.checkpoints import clear_unfinished, load_checkpoint, load_newest
 from marsclr.engine.checkpoints import write_checkpoint, write_log_row
-from marsclr.engine.files import MarsclrError, Stopped, one_line, read_json, write_json
+from marsclr.engine.files import MarsclrError, Stopped, check_writable, one_line, read_json, write_json
 from marsclr.engine.learner import Autocast, RunCallback, unwrap_model
 from marsclr.engine.processes import any_rank, check_same_on_all, on_first_rank, rank
 from marsclr.engine.learner import PackLoader, RunLearner

@@ -11,12 +11,15 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from marsclr.archives.marsyard import write_marsyard
+from marsclr.atlas import marsclr_atlas, marsclr_search
 from marsclr.clustering import marsclr_cluster
+from marsclr.diagnosis import marsclr_falseneg
 from marsclr.engine.embed import marsclr_embed
 from marsclr.engine.encoders import create_encoder, load_encoder
-from marsclr.engine.packing import load_pack, marsclr_pack
+from marsclr.engine.packing import Pack, load_pack, marsclr_pack
 from marsclr.engine.weights import check_savable, encoder_bytes
 from marsclr.linear_evaluation import marsclr_probe
 from marsclr.pretrain import marsclr_pretrain
@@ -191,3 +194,79 @@ def test_a_run_of_many_short_epochs_tells_its_first_and_its_last(base, capsys):
 def test_marsyard_is_found_at_its_earlier_place():
     module = importlib.import_module('marsclr.marsyard')
     assert module.write_marsyard is write_marsyard
+
+
+def test_a_pack_from_memory_goes_through_every_command(base):
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 32, 32, 3), dtype=np.uint8)
+    Pack([pixels], pd.DataFrame(dict(path=[f'{i}.png' for i in range(20)]))).save(base/'memory')
+    assert (load_pack(base/'memory')[:].numpy() == pixels).all()
+    run(marsclr_cluster, '@memory --source capture --to @memory.npz', base)
+    assert pd.read_csv(base/'memory.csv').cluster.tolist() == list(range(20))
+    run(marsclr_embed, 'random @memory --to @memory.features --backbone test_resnet', base)
+    assert pd.read_csv(base/'memory.features'/'features.csv').path.tolist() == [f'{i}.png' for i in range(20)]
+    run(marsclr_falseneg, 'diagnose @memory --batch 8', base)
+    run(marsclr_pretrain, f'@memory @memory.run {SMALL}', base)
+    run(marsclr_atlas, 'random @memory --clusters 3 --backbone test_resnet', base)
+    assert 'no labeled train images' in refusal(marsclr_probe, '@memory.run @memory', base)
+
+
+def test_new_images_are_named_and_the_way_on_is_told(base, capsys):
+    shutil.copytree(base/'yard'/'images', base/'grown')
+    run(marsclr_pack, 'folder @before.pack --root @grown --size 32', base)
+    run(marsclr_pretrain, f'@before.pack @before {SMALL}', base)
+    Image.new('RGB', (64, 64), 'red').save(base/'grown'/'new.jpg')
+    run(marsclr_pack, 'folder @after.pack --root @grown --size 32', base)
+    said = refusal(marsclr_pretrain, f'@after.pack @before {SMALL}', base)
+    assert '1 new, such as new.jpg, none gone' in said and '--init' in said
+    run(marsclr_pretrain, f'@after.pack @on --init @before {SMALL}', base)
+    (base/'grown'/'new.jpg').unlink()
+    (base/'grown').rename(base/'moved')
+    run(marsclr_pack, 'folder @moved.pack --root @moved --size 32', base)
+    run(marsclr_pretrain, f'@moved.pack @before {SMALL}', base)
+    assert 'is finished' in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_images_of_which_nothing_can_be_learned_are_refused_before_the_first_step(base):
+    (base/'blank').mkdir()
+    for i in range(32): Image.new('RGB', (64, 64), (i, i, i)).save(base/'blank'/f'{i}.png')
+    run(marsclr_pack, 'folder @blank.pack --root @blank --size 32', base)
+    said = refusal(marsclr_pretrain, f'@blank.pack @blank-run {SMALL}', base)
+    assert 'all 32 images are blank' in said and not (base/'blank-run'/'config.json').exists()
+
+
+@pytest.mark.parametrize('command, line', [
+    (marsclr_atlas, 'random @y.pack --to @shut/a'), (marsclr_embed, 'random @y.pack --to @shut/a'),
+    (marsclr_probe, 'random @y.pack --to @shut/a'), (marsclr_pretrain, f'@y.pack @shut/a {SMALL}'),
+    (marsclr_cluster, '@y.pack --to @shut/a.npz'), (marsclr_pack, 'folder @shut/a --root @yard'),
+    (marsclr_falseneg, 'diagnose @y.pack --batch 16 --to @shut/a.png')])
+def test_a_place_that_cannot_be_written_to_is_refused_before_the_work(base, command, line, monkeypatch):
+    (base/'shut').mkdir(exist_ok=True)
+    monkeypatch.setattr('os.access', lambda path, mode: Path(path).name != 'shut')
+    monkeypatch.setattr('marsclr.engine.encoders.feature_batches', lambda *args, **kwargs: pytest.fail('work'))
+    assert 'shut cannot be written to: give another place for' in refusal(command, line, base)
+
+
+def test_an_atlas_of_images_from_their_tiles(base, capsys):
+    run(marsclr_pack, 'folder @of-tiles.pack --root @yard/images --size 32 --tiles', base)
+    run(marsclr_atlas, 'random @of-tiles.pack --backbone test_resnet --clusters 5 --by_image', base)
+    run(marsclr_embed, 'random @of-tiles.pack --backbone test_resnet --to @of-tiles.features', base)
+    features = [np.load(base/f'of-tiles.{kind}'/'features.npy') for kind in ('atlas', 'features')]
+    assert features[0].shape == (64, 96)
+    np.testing.assert_allclose(*features, atol=1e-5)
+    table = pd.read_csv(base/'of-tiles.atlas'/'table.csv')
+    names = sorted(path.name for path in (base/'yard'/'images').iterdir())
+    assert table.path.tolist() == names
+    run(marsclr_search, f'@yard/images/{names[5]} --atlas @of-tiles.atlas --n 3 --to @found.png', base)
+    found = capsys.readouterr().out.splitlines()[-4].split()
+    assert (found[0], float(found[-1])) == (names[5], 1)
+
+
+def test_weights_that_are_no_numbers_are_told_in_one_line(base):
+    run(marsclr_pretrain, f'@y.pack @sound {SMALL}', base)
+    shutil.copytree(base/'sound', base/'diverged')
+    weights = load_file(base/'diverged'/'encoder.safetensors')
+    next(w for name, w in weights.items() if name.endswith('weight')).fill_(float('nan'))
+    save_file(weights, base/'diverged'/'encoder.safetensors')
+    one_step = SMALL.replace('batch_size 16', 'batch_size 64')
+    assert 'the loss is nan at epoch 0, step 0' in refusal(marsclr_pretrain, f'@y.pack @from-it {one_step} --init @diverged', base)
+    assert 'NaN' in refusal(marsclr_embed, '@diverged @y.pack --to @of-it --device cpu', base)

@@ -37,14 +37,15 @@ def job(function, *args):
 PACK = """from pathlib import Path
 from marsclr.datasets import image_folder
 from marsclr.engine.packing import pack_archive
-pack_archive(image_folder({root!r}), {to!r}, size=32, workers=2)
+from marsclr.engine.reading import Reading
+pack_archive(image_folder({root!r}), {to!r}, size={size}, workers=2, reading=Reading(tiles={tiles}))
 Path({peak!r}).write_text(next(o.split()[1] for o in open('/proc/self/status') if o.startswith('VmHWM')))"""
 
 
-def pack_folder(root, to):
+def pack_folder(root, to, size=32, tiles=False):
     "Peak memory in MiB of a process that packs it, and that knows nothing of the tests"
     peak = to.with_suffix('.peak')
-    process = job(exec, PACK.format(root=str(root), to=str(to), peak=str(peak)))
+    process = job(exec, PACK.format(root=str(root), to=str(to), peak=str(peak), size=size, tiles=tiles))
     process.join(120)
     if process.exitcode is None: process.kill()
     assert process.exitcode == 0
@@ -306,6 +307,18 @@ def test_large_images_are_packed_and_take_less_than_2_gib(tmp_path):
     pack = load_pack(tmp_path/'pack')
     for name in ('24mp-grey.png', '24mp-rgb.tif', '24mp-16-bit.tif'):
         assert np.abs(pack[pack.table.path.tolist().index(name)][16, :, 0].numpy() - gradient).max() < 3, name
+
+
+def test_large_images_are_cut_into_tiles_and_take_less_than_2_gib(tmp_path):
+    write_large(tmp_path/'in')
+    for name in ('24mp-rgb.tif', '13mp.webp'): (tmp_path/'in'/name).unlink()
+    assert pack_folder(tmp_path/'in', tmp_path/'pack', 192, True) < 2048
+    pack = load_pack(tmp_path/'pack')
+    assert pack.table.groupby('path').size().to_dict() == {'24mp-16-bit.tif': 672, '24mp-grey.png': 672, '48mp-progressive.jpg': 1363, 'strip.png': 1155}
+    strip = pack.table[pack.table.path == 'strip.png']
+    assert (strip.x.max(), strip.y.max()) == (2048-192, 20000-192)
+    first = pack[strip.index[0]].numpy()[..., 0]
+    assert (first == np.linspace(0, 255, 2048, dtype=np.uint8)[:192]).all()
 
 
 def deflate_bomb(width, height, bits, colour, row_bytes):

@@ -77,8 +77,9 @@ def check_writable(
 def check_new(
     path, # of a folder that is to be made
 ):
-    "Refuse a place where something lies already"
+    "Refuse a place where something lies already, or that cannot be written to"
     if Path(path).exists(): raise MarsclrError(f'{path} exists: remove it or give another folder')
+    check_writable(path)
 
 # %% ../../nbs/engine/files.ipynb #3958c03a
 def sync_to_disk(

@@ -40,6 +40,7 @@ def effective_rank(
 ) -> float: # 1 to min(M, D)
     "How many directions features use (Roy and Vetterli 2007)"
     x = F.normalize(features.float(), dim=1)
+    if not x.isfinite().all(): return float('nan')
     x = x - x.mean(0)
     small = x @ x.T if len(x) < x.shape[1] else x.T @ x
     singular = torch.linalg.eigvalsh(small.double()).clamp(min=0).sqrt()

@@ -5,24 +5,26 @@
 # %% auto #0
 __all__ = ['choices', 'least', 'check_settings', 'check_trainable', 'check_refresh', 'make_config', 'unnamed_settings',
            'build_loss', 'check_usable', 'check_clusters', 'build_views', 'build_callbacks', 'build_model',
-           'check_same_images', 'write_images', 'ListImages', 'train_in_folder']
+           'check_same_images', 'write_images', 'ListImages', 'check_images_differ', 'train_in_folder']
 
 # %% ../../nbs/engine/run_config.ipynb #57702d1d
 import math, textwrap
 from pathlib import Path
 
-import pandas as pd, torch
+import numpy as np, pandas as pd, torch
 from fastai.callback.core import Callback
 from fastai.learner import Learner
 from fastai.vision.core import imagenet_stats
 from .. import __version__
 from .callbacks import FrozenNorm, OnlineKnn, RefreshClusters
+from .clusters import pixel_features
 from .encoders import (ContrastiveModel, check_name, create_encoder, fast_bf16,
                                      pick_device, projection_head, width)
 from .files import MarsclrError, atomic_write
 from .health import Health, describe_copies, describe_health
 from .learner import unwrap_model
 from .packing import Pack
+from .pairs import nothing_to_learn
 from .processes import on_first_rank, rank
 from .runs import open_run, show_progress
 from .sizes import check_size, features_size, size_options, timm_line
@@ -213,7 +215,8 @@ def check_same_images(
 
 def _some(images, what):
     "How many, and the first of them"
-    return f'{len(images)} {what}' + f', such as {images[0][0]}'*bool(images)
+    if not images: return f'none {what}'
+    return f'{len(images)} {what}, such as {images[0][0]}'
 
 # %% ../../nbs/engine/run_config.ipynb #2951d7fa
 def write_images(
@@ -239,6 +242,16 @@ class ListImages(Callback):
     def before_train(self):
         if rank() == 0: write_images(self.folder, self.pack)
 
+# %% ../../nbs/engine/run_config.ipynb #hfbb9fd9
+def check_images_differ(
+    pack:Pack, # what to learn from
+):
+    "Refuse images that are all blank, or all the same"
+    few = np.random.default_rng(0).permutation(len(pack))[:64]
+    if not nothing_to_learn(pixel_features(pack.where(few))): return
+    problem = nothing_to_learn(pixel_features(pack))
+    if problem: raise MarsclrError(problem)
+
 # %% ../../nbs/engine/run_config.ipynb #b51fbed0
 def train_in_folder(
     learn:Learner, # with a `RunFolder`
@@ -249,7 +262,7 @@ def train_in_folder(
     normalisation = list(map(list, input_stats(learn.model)))
     config = config | dict(normalisation=normalisation)
     pack = learn.dls.train.pack
-    on_first_rank(lambda: check_same_images(run, pack))
+    on_first_rank(lambda: (check_same_images(run, pack), check_images_differ(pack)))
     unfinished = open_run(run, config, later=unnamed_settings(config['loss']))
     if not unfinished: return _say(f'{run} is finished')
     copies = describe_copies(pack.table)

@@ -16,7 +16,8 @@ from fastai.learner import Learner
 from fastcore.imports import noop
 from .checkpoints import clear_unfinished, load_checkpoint, load_newest
 from .checkpoints import write_checkpoint, write_log_row
-from .files import MarsclrError, Stopped, one_line, read_json, write_json
+from .files import (MarsclrError, Stopped, check_writable, one_line, read_json,
+                                  write_json)
 from .learner import Autocast, RunCallback, unwrap_model
 from .processes import any_rank, check_same_on_all, on_first_rank, rank
 
@@ -226,6 +227,7 @@ def is_longer(
     return constant and here['epochs'] > there['epochs']
 
 def _lengthen(run, epochs, result):
+    check_writable(run/result)
     print(f'{run} goes on, to {epochs} epochs', flush=True)
     (run/result).unlink(missing_ok=True)
     write_json(run/'config.json', read_json(run/'config.json') | dict(epochs=epochs))
