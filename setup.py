@@ -30,6 +30,7 @@ setup(
     packages=find_packages(include=[cfg['lib_path'], f"{cfg['lib_path']}.*"]),
     install_requires=cfg['requirements'].split(),
     extras_require={'imagenet': imagenet, 'atlas': cfg['atlas_requirements'].split(),
+                    'peers': cfg['peers_requirements'].split(),
                     'dev': cfg['dev_requirements'].split() + imagenet},
     entry_points={'console_scripts': cfg['console_scripts'].split(), 'nbdev': [f"{cfg['lib_name']}={cfg['lib_path']}._modidx:d"]},
     zip_safe=False)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from marsclr.archives.marsyard import write_marsyard
+from marsclr.archives.solar_cells import solar_cells
 from marsclr.datasets import hirise, imagenet, msl, rovers
 from marsclr.engine.files import MarsclrError
 from marsclr.engine.packing import Pack, load_pack, pack_archive

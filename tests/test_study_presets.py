@@ -5,6 +5,7 @@ from marsclr.study.chain import ChainSettings
 from marsclr.study.cluster_study import ClusterSettings
 from marsclr.study.first import first_settings
 from marsclr.study.homogeneity import DialSettings
+from marsclr.study.peers import PeersSettings
 from marsclr.study.purity import PuritySettings
 from marsclr.study.recipes import aware, dcl, domains, eq1, groups, mixed, random_weights
 from marsclr.study.recipes import usual_k
@@ -51,7 +52,7 @@ def test_grids_of_cells():
 
 
 def test_the_table():
-    for by_data in presets.values(): assert set(by_data) <= set(families)
+    for by_data in presets.values(): assert set(by_data) <= {*families, 'solar_cells'}
     test_eq([data for by_data in presets.values() for data in by_data].count('msl'), 6)
     pd.DataFrame({preset: {data: type(settings).__name__ for data,settings in by_data.items()}
                   for preset,by_data in presets.items()}).fillna('').T

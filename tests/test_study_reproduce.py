@@ -17,6 +17,7 @@ from marsclr.study.first import first_study
 from marsclr.study.grid import grid, missing, read_cells
 from marsclr.study.homogeneity import curve, curve_figure, gains, leaves_pack
 from marsclr.study.methods import Lab
+from marsclr.study.peers import peers_summary, run_peers
 from marsclr.study.presets import presets
 from marsclr.study.price import price
 from marsclr.study.purity import break_even, gains_over_dcl, purity_curve, purity_figure
