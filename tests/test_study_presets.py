@@ -53,6 +53,6 @@ def test_grids_of_cells():
 
 def test_the_table():
     for by_data in presets.values(): assert set(by_data) <= {*families, 'solar_cells'}
-    test_eq([data for by_data in presets.values() for data in by_data].count('msl'), 6)
+    test_eq([data for by_data in presets.values() for data in by_data].count('msl'), 7)
     pd.DataFrame({preset: {data: type(settings).__name__ for data,settings in by_data.items()}
                   for preset,by_data in presets.items()}).fillna('').T
