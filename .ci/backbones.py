@@ -100,7 +100,8 @@ def main():
         print(f'{name:40} {n:5.1f} M, {size} px{told}: {what}', flush=True)
         rows.append(row)
     def count(i): return sum(bool(row[i]) for row in rows)
-    print(f'timm {timm.__version__}: {len(rows)} of {len(names)} {'models' if args.every else 'families'} tried in {time.monotonic()-began:.0f} s; '
+    what = 'models' if args.every else 'families'
+    print(f'timm {timm.__version__}: {len(rows)} of {len(names)} {what} tried in {time.monotonic()-began:.0f} s; '
           f'{sum(row[0] == args.size for row in rows)} take {args.size} px, '
           f'{sum(bool(row[1]) for row in rows)} of them with an option of timm; '
           f'not trained {count(2)}, not saved {count(3)}, no stages {count(4)}')

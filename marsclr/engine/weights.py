@@ -129,6 +129,9 @@ def init_file(
     path = Path(init)
     if path.is_file(): return path
     if (path/'encoder.safetensors').is_file(): return path/'encoder.safetensors'
+    if timm.is_model(path.name):
+        raise MarsclrError(f'{init!r} is a name of timm or of the Hugging Face hub, whose weights '
+                           'are not fetched here: give them as a file')
     raise MarsclrError(f'{path} holds no encoder.safetensors: is it a finished run of '
                        'marsclr_pretrain, or else a file of weights?')
 
