@@ -17,7 +17,7 @@ from marsclr.archives.marsyard import write_marsyard
 from marsclr.atlas import marsclr_atlas, marsclr_search
 from marsclr.clustering import marsclr_cluster
 from marsclr.diagnosis import marsclr_falseneg
-from marsclr.engine.embed import marsclr_embed
+from marsclr.engine.embed import marsclr_embed, write_features
 from marsclr.engine.encoders import create_encoder, load_encoder
 from marsclr.engine.packing import Pack, load_pack, marsclr_pack
 from marsclr.engine.weights import check_savable, encoder_bytes
@@ -270,3 +270,25 @@ def test_weights_that_are_no_numbers_are_told_in_one_line(base):
     one_step = SMALL.replace('batch_size 16', 'batch_size 64')
     assert 'the loss is nan at epoch 0, step 0' in refusal(marsclr_pretrain, f'@y.pack @from-it {one_step} --init @diverged', base)
     assert 'NaN' in refusal(marsclr_embed, '@diverged @y.pack --to @of-it --device cpu', base)
+
+
+class Watched(torch.nn.Linear):
+    "A network of 256 features that notes the memory that its process holds, in MiB"
+    num_features = 256
+    def forward(self, x):
+        lines = Path('/proc/self/status').read_text().splitlines()
+        self.memory.append(int(next(line.split()[1] for line in lines if line.startswith('RssAnon')))/1024)
+        return super().forward(x.flatten(1))
+
+
+@pytest.mark.skipif(not Path('/proc/self/status').exists(), reason='memory is read from /proc')
+def test_features_of_many_images_are_not_held(tmp_path):
+    n = 200_000
+    images = np.lib.format.open_memmap(tmp_path/'images.npy', 'w+', np.uint8, (n, 8, 8, 3))
+    pack = Pack([images], pd.DataFrame(dict(path=np.arange(n).astype(str), sha256='')))
+    encoder = Watched(192, 256)
+    encoder.memory = []
+    features = write_features(tmp_path, encoder, pack, {}, 8, device='cpu')
+    assert features.nbytes == n*256*4 > 190*2**20
+    assert max(encoder.memory) - encoder.memory[0] < 80
+    assert (np.asarray(features[-1]) == np.asarray(features[0])).all() and len(features) == n
