@@ -23,7 +23,7 @@ from marsclr.datasets import msl
 from marsclr.archives.marsyard import write_marsyard
 from marsclr.engine.packing import pack_archive
 from marsclr.study.cluster_study import *
-from marsclr.study.cluster_study import _random_encoder
+from marsclr.study.cluster_study import _random_encoder, _unit
 
 
 def test_the_sources():
@@ -43,6 +43,7 @@ def test_the_sources():
     assert not torch.equal(other, trained().state_dict()['conv1.0.weight'])
     test_eq(_random_encoder(trained, 1).state_dict()['conv1.0.weight'], other)
     assert not torch.equal(_random_encoder(trained, 2).state_dict()['conv1.0.weight'], other)
+    test_close(_unit(torch.tensor([[3., 4]])), torch.tensor([[.6, .8]]), eps=1e-6)
 
     seen = {source: f() for source,f in features(pack, 0).items()}
     for x in seen.values(): test_close(x.norm(dim=1), torch.ones(len(pack)), eps=1e-4)
@@ -61,6 +62,8 @@ def test_the_table():
     row, = study_rows(pack, 'yard', 'pixels', [seen['pixels']], [3], [0])
     test_eq((row['pack'], row['k'], row['clusters']), ('yard', 3, 3))
     assert np.isnan(row['stability'])
+    two = study_rows(pack, 'yard', 'pixels', [seen['pixels']]*2, [3], [0, 0])
+    test_eq([row['stability'] for row in two], [1, 1]) # the same seed, the same clusters
 
     ks = (3, 10, 30)
     table = cluster_table({'MarsYard': pack}, features, tmp/'table.csv', ks, (0, 1))
@@ -71,6 +74,9 @@ def test_the_table():
     assert (table.bursts_together[table.source.str.contains('capture')] == 1).all()
     by_k = table[table.source == 'pixels'].groupby('k')[['caught', 'swallowed']].mean()
     assert (by_k.diff().dropna() < 0).all().all()
+    in_hand = pack_rows(pack, 'yard', lambda pack, seed: {'pixels': lambda: seen['pixels']}, [3], [0])
+    test_eq([row['source'] for row in in_hand], ['capture', 'pixels'])
+    test_eq((in_hand[0]['k'], in_hand[0]['swallowed']), (0, 0)) # bursts are of one class
 
     three = pd.DataFrame(dict(k=[5, 5, 0], caught=[.1, .3, .2]))
     test_eq(with_spread(three, 'k', ['caught']).caught.to_dict(), {5: '20.0 ± 14.1', 0: '20.0'})

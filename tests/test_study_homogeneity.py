@@ -45,6 +45,8 @@ def test_the_dial():
     rates = pd.Series({name: rate_of(yard) for name,yard in yards.items()})
     assert rates.iloc[0] > rates.iloc[1] > rates.iloc[2]
     test_eq(yard_pack(tmp/'0.pack').fingerprint, yards['2 classes, bursts of 1'].fingerprint)
+    test_eq([yard.table.label.nunique() for yard in yards.values()][:2], [2, 10])
+    test_eq({len(yard) for yard in yards.values()}, {120})
     rates.round(3)
 
 
@@ -54,6 +56,7 @@ def test_another_domain():
     test_eq(np.asarray(dead_leaves(5)), np.asarray(dead_leaves(5)))
     assert (np.asarray(dead_leaves(5)) != np.asarray(dead_leaves(6))).any()
     test_eq(leaves_pack(tmp/'leaves.pack', 8, 1).fingerprint, leaves.fingerprint)
+    test_eq((dead_leaves(5, size=40).size, len(leaves), leaves.size), ((40, 40), 8, 64))
     fig,axs = plt.subplots(1, 8, figsize=(8, 1.1), dpi=70, layout='constrained')
     for i,ax in enumerate(axs):
         ax.imshow(leaves[i])

@@ -18,6 +18,7 @@ from marsclr.training import pretrain
 import shutil, tempfile
 from fastcore.test import *
 from IPython.utils.capture import capture_output
+from marsclr.clustering import enough_purity
 from marsclr.study.purity import *
 
 
@@ -72,7 +73,7 @@ def test_what_it_says():
     test_close(gains_over_dcl(by_hand)[['gain', 'sd']].iloc[0], [15, 50**.5], eps=1e-6)
 
 
-def test_on_mars():
+def test_the_whole_curve():
     whole_curve = pd.read_csv('../results/purity-marsyard.csv')
     purity_figure(whole_curve);
 
@@ -83,9 +84,12 @@ def test_on_mars():
         print(f'{way[0]} {way[1]:g}: purity {purity:.2f}, gain {gain:+.1f} ± {sd:.1f} points')
 
     of_seeds = [break_even(gains_over_dcl(t)) for _,t in whole_curve.groupby('seed')]
+    test_close(break_even(gains), enough_purity, eps=.005)
     crossing = f'the mean gain crosses zero at a purity of {break_even(gains):.2f}'
     print(crossing + '; seed by seed:', *(f'{purity:.2f}' for purity in of_seeds))
 
+
+def test_on_mars():
     test_close(purity_of(1, 0, .2), 1)
     test_close(purity_of(.5, .5, .2), .2) # clusters that know nothing
     test_close(purity_of(.6, .1, .2), .12/.2)
