@@ -8,8 +8,6 @@ __all__ = ['unit_rows', 'nearest', 'neighbours', 'tsne', 'neighbours_kept', 'map
            'encode_file', 'marsclr_search']
 
 # %% ../nbs/11_atlas.ipynb #de407793
-import subprocess
-from importlib.util import find_spec
 from pathlib import Path
 
 import faiss, numpy as np, pandas as pd, torch, torch.nn.functional as F
@@ -17,8 +15,8 @@ from matplotlib import pyplot as plt
 from sklearn.manifold import TSNE
 from sklearn.neighbors import NearestNeighbors
 from threadpoolctl import threadpool_limits
-from .engine.atlas_page import (most_on_page, readable, serve_words, thumbnails,
-                                       write_views)
+from .engine.atlas_page import most_on_page, readable, thumbnails, write_views
+from .engine.atlas_server import check_port, check_same_atlas, serve_atlas
 from .engine.clusters import capture_clusters, feature_clusters
 from .engine.commands import command
 from .engine.embed import by_image as mean_by_image, middle_tiles, named_encoder
@@ -165,7 +163,6 @@ def check_atlas(
     to:Path,
     clusters:int,
     size:int,
-    serve:bool,
 ):
     "Refuse what `marsclr_atlas` cannot do, before it has computed anything"
     check_new(to)
@@ -176,8 +173,6 @@ def check_atlas(
                            'the images of the pack')
     if size < 0:
         raise MarsclrError(f'--size {size}: give a number of pixels, or 0 for that of the pack')
-    if serve and not find_spec('embedding_atlas'):
-        raise MarsclrError("--serve needs embedding-atlas: pip install 'marsclr[atlas]'")
 
 # %% ../nbs/11_atlas.ipynb #11at0025
 @command
@@ -192,21 +187,26 @@ def marsclr_atlas(
     device:str='',    # cpu, cuda, ...; the best there is by default
     by_image:bool=False, # of a pack of tiles: features of an image are the mean over its tiles
     serve:bool=False, # show it with embedding-atlas at a local address (needs marsclr[atlas])
+    port:int=5055,    # for --serve
 ):
     "A map of an archive, to be opened in a browser"
     squares = load_pack(pack)
     data = middle_tiles(squares) if by_image else squares
     to = Path(to or f'{pack_stem(pack)}.atlas')
-    check_atlas(data, to, clusters, size, serve)
     encoder = atlas_encoder(run, backbone, seed)
-    features = encode(encoder, squares, size or None, device=pick_device(device), progress=True)
-    if by_image: features = mean_by_image(features, squares)[0]
     source = dict(run=_run_name(run), weights=_weights_hash(run), backbone=backbone, size=size,
                   by_image=by_image)
+    if serve: check_port(port)
+    if serve and to.exists():
+        check_same_atlas(to, images=data.fingerprint, clusters=clusters, seed=seed, **source)
+        return serve_atlas(to, port)
+    check_atlas(data, to, clusters, size)
+    features = encode(encoder, squares, size or None, device=pick_device(device), progress=True)
+    if by_image: features = mean_by_image(features, squares)[0]
     place = str(Path(pack).resolve())
     write_atlas(data, features, to, clusters, seed=seed, packed=place, **source)
     _print_atlas(data, to, features)
-    if serve: subprocess.run(serve_words(to/'atlas.parquet'), check=False)
+    if serve: serve_atlas(to, port)
 
 # %% ../nbs/11_atlas.ipynb #11at0026
 def atlas_encoder(
