@@ -2,6 +2,7 @@
 import json
 import re
 import shutil
+import socket
 import subprocess
 from importlib.util import find_spec
 
@@ -9,9 +10,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from marsclr.atlas import write_atlas
+from marsclr.archives.marsyard import write_marsyard
+from marsclr.atlas import marsclr_atlas, write_atlas
+from marsclr.datasets import msl
+from marsclr.engine import atlas_server
 from marsclr.engine.atlas_page import readable
-from marsclr.engine.packing import Pack
+from marsclr.engine.packing import Pack, pack_archive
 
 CHROMIUM = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
 EVIL = '<img src=x onerror="document.title=\'hacked\'"> & \udce9 </script>.jpg'
@@ -68,3 +72,39 @@ def test_the_parquet_has_the_columns_of_embedding_atlas(atlas):
     assert {'path', 'x', 'y', 'cluster', 'image', 'neighbors'} <= set(table)
     assert sorted(table.neighbors[5]['ids']) == [4, 6]
     assert table.image[0]['bytes'][:2] == b'\xff\xd8'
+
+
+@pytest.fixture
+def yard(tmp_path):
+    "A small pack, and the words of a command that makes its atlas"
+    archive = msl(write_marsyard(tmp_path/'yard', n=20, size=32, n_classes=3))
+    pack_archive(archive, tmp_path/'yard.pack', 32)
+    return ['random', str(tmp_path/'yard.pack'), '--backbone', 'resnet10t', '--clusters', '3', '--device', 'cpu']
+
+
+def test_without_the_extra_the_page_is_written_and_one_line_says_what_to_install(yard, tmp_path, monkeypatch):
+    monkeypatch.setattr(atlas_server, 'find_spec', lambda name: None)
+    for _ in range(2):  # the second time, the atlas is there
+        with pytest.raises(SystemExit) as end: marsclr_atlas([*yard, '--serve'])
+        assert end.value.code == "marsclr_atlas: --serve needs embedding-atlas: pip install 'marsclr[atlas]'"
+        assert (tmp_path/'yard.atlas'/'atlas.html').exists()
+
+
+def test_a_port_in_use_is_named_before_anything_is_computed(yard, tmp_path):
+    with socket.create_server(('127.0.0.1', 0)) as other:
+        port = other.getsockname()[1]
+        with pytest.raises(SystemExit) as end: marsclr_atlas([*yard, '--serve', '--port', str(port)])
+    assert end.value.code == f'marsclr_atlas: --port {port} cannot be used (Address already in use): give another'
+    assert not (tmp_path/'yard.atlas').exists()
+
+
+def test_an_atlas_that_is_there_is_shown_and_not_made_anew(yard, tmp_path, monkeypatch):
+    marsclr_atlas(yard)
+    shown = []
+    monkeypatch.setattr('marsclr.atlas.serve_atlas', lambda *words: shown.append(words))
+    before = (tmp_path/'yard.atlas'/'atlas.html').stat().st_mtime_ns
+    marsclr_atlas([*yard, '--serve', '--port', '5071'])
+    assert shown == [(tmp_path/'yard.atlas', 5071)]
+    assert (tmp_path/'yard.atlas'/'atlas.html').stat().st_mtime_ns == before
+    with pytest.raises(SystemExit, match='was made with other seed: give another folder'):
+        marsclr_atlas([*yard, '--serve', '--seed', '1'])

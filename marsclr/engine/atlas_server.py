@@ -49,7 +49,8 @@ def serve_atlas(
         raise MarsclrError(f'{table} is not there, since {folder} was made without '
                            'marsclr[atlas]: delete the folder, and give the command again')
     check_port(port)
-    print(f'starting embedding-atlas at http://{_host}:{port} (Ctrl-C ends it)', flush=True)
+    address = f'http://{_host}:{port}'
+    print(f'embedding-atlas starts at {address} (in a minute; Ctrl-C ends it)', flush=True)
     try: done = subprocess.run(serve_words(table, port), check=False)
     except KeyboardInterrupt: return
     if done.returncode: raise MarsclrError(f'embedding-atlas failed (exit code {done.returncode})')
