@@ -191,12 +191,12 @@ def look_at_atlas(browser, pictures:Path|None, page:Path):
     tip = tab.inner_text('#tip')
     if path not in tip: yield f'atlas: pointing at {path} shows {tip!r}'
     tab.mouse.click(x, y)
-    tab.wait_for_selector('.near button')
-    shown = tab.eval_on_selector_all('.near button', 'buttons => buttons.map(o => o.title)')
+    tab.wait_for_selector('#chosen .near button')
+    shown = tab.eval_on_selector_all('#chosen .near button', 'buttons => buttons.map(o => o.title)')
     near = tab.evaluate('i => atlas.near[i].map(j => atlas.path[j])', image)
     if shown != near: yield f'atlas: the neighbours of {path} are not shown'
     take_picture(tab, pictures, 'atlas-page')
-    tab.click('.near button')
+    tab.click('#chosen .near button')
     tab.wait_for_function(SHOWN, arg=shown[0])
     yield from errors
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['unit_rows', 'nearest', 'neighbours', 'tsne', 'neighbours_kept', 'map_table', 'spread_labels', 'suggest',
-           'describe_images', 'write_atlas', 'check_atlas', 'marsclr_atlas', 'atlas_encoder', 'open_atlas',
-           'encode_file', 'marsclr_search']
+           'write_atlas', 'check_atlas', 'marsclr_atlas', 'atlas_encoder', 'open_atlas', 'encode_file',
+           'marsclr_search']
 
 # %% ../nbs/11_atlas.ipynb #de407793
 from pathlib import Path
@@ -15,9 +15,10 @@ from matplotlib import pyplot as plt
 from sklearn.manifold import TSNE
 from sklearn.neighbors import NearestNeighbors
 from threadpoolctl import threadpool_limits
+from .engine.atlas_facts import describe_images, read_quarantine
 from .engine.atlas_page import most_on_page, readable, thumbnails, write_views
 from .engine.atlas_server import check_port, check_same_atlas, serve_atlas
-from .engine.clusters import capture_clusters, feature_clusters
+from .engine.clusters import feature_clusters
 from .engine.commands import command
 from .engine.embed import by_image as mean_by_image, middle_tiles, named_encoder
 from .engine.encoders import encode, pick_device
@@ -120,17 +121,6 @@ def suggest(
     by_cluster = pd.Series(found.distances).groupby(found.ids)
     return np.sort(by_cluster.idxmin().to_numpy())
 
-# %% ../nbs/11_atlas.ipynb #11at001f
-def describe_images(
-    table:pd.DataFrame, # what `map_table` made
-    pack:Pack,
-) -> pd.DataFrame: # the same with burst, and with label and split where the pack has labels
-    "What is known of each image besides its place on the map"
-    table = table.assign(burst=capture_clusters(pack).ids)
-    if (pack.table.label < 0).all(): return table
-    names = dict(enumerate(pack.classes))
-    return table.assign(label=pack.table.label.map(names).fillna(''), split=pack.table.split)
-
 # %% ../nbs/11_atlas.ipynb #11at0021
 def write_atlas(
     pack:Pack,
@@ -142,16 +132,18 @@ def write_atlas(
     **facts    # for `atlas.json`
 ):
     "Write the atlas of a pack as a folder"
-    table = describe_images(map_table(pack, features, k, seed), pack)
     similarity,rows = neighbours(features, min(near, len(pack)-1))
+    table = describe_images(map_table(pack, features, k, seed), pack, similarity)
     images = thumbnails(pack)
+    unread = read_quarantine(facts['packed']) if 'packed' in facts else []
     facts |= dict(images=pack.fingerprint, clusters=k, seed=seed)
     with atomic_write(to) as folder:
         folder.mkdir()
         np.save(folder/'features.npy', np.asarray(features))
         table.to_csv(folder/'table.csv', index=False, errors='surrogateescape')
         _draw_map(table, pack, folder/'map.png')
-        write_views(folder, f'Atlas of {pack.name}', table, images, rows, similarity)
+        write_views(folder, f'Atlas of {pack.name}', table, images, rows, similarity,
+                    unread)
         write_json(folder/'atlas.json', facts)
 
 def _draw_map(table, pack, path):

@@ -6,9 +6,10 @@ from matplotlib import pyplot as plt
 from sklearn.manifold import TSNE
 from sklearn.neighbors import NearestNeighbors
 from threadpoolctl import threadpool_limits
+from marsclr.engine.atlas_facts import describe_images, read_quarantine
 from marsclr.engine.atlas_page import most_on_page, readable, thumbnails, write_views
 from marsclr.engine.atlas_server import check_port, check_same_atlas, serve_atlas
-from marsclr.engine.clusters import capture_clusters, feature_clusters
+from marsclr.engine.clusters import feature_clusters
 from marsclr.engine.commands import command
 from marsclr.engine.embed import by_image as mean_by_image, middle_tiles, named_encoder
 from marsclr.engine.encoders import encode, pick_device
@@ -21,7 +22,7 @@ from fastcore.test import *
 from IPython.utils.capture import capture_output
 from marsclr.archives.marsyard import write_marsyard
 from marsclr.datasets import msl
-from marsclr.engine.clusters import pixel_features
+from marsclr.engine.clusters import capture_clusters, pixel_features
 from marsclr.engine.packing import pack_archive
 from marsclr.engine.thumbnails import central_images
 from marsclr.engine.encoders import create_encoder
@@ -183,11 +184,12 @@ def test_from_the_map_to_labels():
 
 def test_an_atlas_as_a_folder():
     global atlas
-    told = describe_images(table, yard)
+    similarity,_ = neighbours(features, 12)
+    told = describe_images(table, yard, similarity)
     test_eq(set(told.label), set(yard.classes))
     test_eq(told.burst, capture_clusters(yard).ids)
     bare = Pack(yard.arrays, yard.table.assign(label=-1))
-    assert 'label' not in describe_images(table, bare)
+    assert 'label' not in describe_images(table, bare, similarity)
     told[['x', 'y', 'cluster', 'burst', 'label']].head(3)
 
     write_atlas(yard, features, tmp/'small.atlas', k=15)

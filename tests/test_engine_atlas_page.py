@@ -56,6 +56,9 @@ def test_what_the_page_knows():
     test_eq(base64.b64decode(known['image'][0]), small[0])
     test_eq(known['near'][2], [1, 0])
     test_eq(len(known['colours']), 2)
+    test_eq(known['far'], [])
+    marked = table.assign(outlier=[False, True, False])
+    test_eq(json.loads(page_data(marked, small, rows, similarity))['far'], [1])
 
 
 def test_the_whole_file():
@@ -63,6 +66,9 @@ def test_the_whole_file():
     assert '<title>A &lt;title&gt; &amp; more</title>' in whole
     inside = re.search('<script type="application/json" id="atlas">(.*?)</script>', whole, re.S)[1]
     test_eq(json.loads(inside)['path'][0], names[0])
+    assert 'id="unread"' not in whole
+    listed = page('A', 'b', data, [('<i>.jpg', 'empty file'), ('caf\udce9.jpg', 'no image')])
+    assert '2 files could not be read' in listed and '<li>&lt;i&gt;.jpg: empty file</li>' in listed
     assert not re.search('(src|href)="?http', whole)
     f'{len(whole):,} characters, three thumbnails included'
 

@@ -66,7 +66,8 @@ def page_data(
     label = table.label.tolist() if 'label' in table else ['']*len(table)
     files = [base64.b64encode(file).decode() for file in images]
     near = dict(near=rows.tolist(), similarity=np.asarray(similarity, float).round(3).tolist())
-    data = dict(columns, path=names, label=label, image=files, colours=colours, **near)
+    far = [] if 'outlier' not in table else np.flatnonzero(table.outlier).tolist()
+    data = dict(columns, path=names, label=label, image=files, far=far, colours=colours, **near)
     return json.dumps(data).replace('<', r'\u003c')
 
 # %% ../../nbs/engine/atlas_page.ipynb #atla001b
@@ -75,6 +76,8 @@ body {margin: 0; font: 14px sans-serif; display: flex; flex-wrap: wrap; color: #
 #map {flex: 1 1 480px; height: 100vh; min-width: 0; cursor: crosshair; touch-action: none}
 #side {flex: 0 1 320px; padding: 12px; box-sizing: border-box; overflow-wrap: anywhere}
 h1 {font-size: 18px; margin: 0 0 8px}
+details {margin-top: 12px}
+summary {cursor: pointer}
 .near {display: flex; flex-wrap: wrap; gap: 4px}
 button {border: 0; padding: 0; background: none; cursor: pointer; font: 11px sans-serif}
 img {display: block; width: 68px}
@@ -93,7 +96,9 @@ _page = Template('''<!DOCTYPE html>
 <div id="side"><h1>$title</h1><p>$told</p>
 <p>Move over a point to see its image. Click on it to see its neighbours.
 Turn the wheel to zoom, drag to move.</p>
-<div id="chosen"></div></div>
+<div id="chosen"></div>
+<details id="far" hidden><summary></summary><div class="near"></div></details>
+$unread</div>
 <div id="tip" hidden></div>
 <script type="application/json" id="atlas">$data</script>
 <script>$script</script></body></html>
@@ -104,7 +109,7 @@ _draw = """
 const atlas = JSON.parse(document.getElementById('atlas').textContent)
 const find = id => document.getElementById(id)
 const canvas = find('map'), pen = canvas.getContext('2d')
-const pictures = []
+const pictures = [], far = new Set(atlas.far)
 let view, chosen = -1
 
 function fit() {
@@ -134,6 +139,8 @@ function picture(i) {
 }
 function drawOne(i, half, thumbnail) {
   const [x, y] = place(i)
+  pen.fillStyle = 'black'
+  if (far.has(i)) pen.fillRect(x-half-2, y-half-2, 2*half+4, 2*half+4)
   pen.fillStyle = colour(i)
   pen.fillRect(x-half, y-half, 2*half, 2*half)
   if (thumbnail) pen.drawImage(picture(i), x-half+2, y-half+2, 2*half-4, 2*half-4)
@@ -171,16 +178,28 @@ function shown(i, tag) {
   return box
 }
 function facts(i) {
-  return `${atlas.path[i]}, cluster ${atlas.cluster[i]}` + (atlas.label[i] && `, ${atlas.label[i]}`)
+  const label = atlas.label[i] && `, ${atlas.label[i]}`
+  const outlier = far.has(i) ? ', far from all others' : ''
+  return `${atlas.path[i]}, cluster ${atlas.cluster[i]}` + label + outlier
+}
+function link(i) {
+  const button = shown(i, 'button')
+  button.onclick = () => { location.hash = i }
+  return button
+}
+function listFar() {
+  const box = find('far'), n = atlas.far.length
+  box.hidden = !n
+  box.firstChild.textContent = `${n} far from all others (black frame)`
+  box.lastChild.append(...atlas.far.slice(0, 60).map(link))
 }
 function choose(i) {
   chosen = i
   const near = document.createElement('div')
   near.className = 'near'
   atlas.near[i].forEach((j, rank) => {
-    const button = shown(j, 'button')
+    const button = link(j)
     button.append(atlas.similarity[i][rank].toFixed(3))
-    button.onclick = () => { location.hash = j }
     near.append(button)
   })
   const words = text => Object.assign(document.createElement('p'), {textContent: text})
@@ -235,6 +254,7 @@ window.onhashchange = () => {
 }
 fit()
 draw()
+listFar()
 window.onhashchange()
 """
 
@@ -243,11 +263,20 @@ def page(
     title:str,
     told:str,     # a sentence below the title
     data:str,     # what `page_data` made
+    unread=(),    # pairs of a path and a reason
 ) -> str: # HTML
     "The page: one file that needs no server and no network"
     script = _draw + _answer + _start
     title,told = html.escape(title), html.escape(told)
-    return _page.substitute(title=title, told=told, style=_style, data=data, script=script)
+    parts = dict(style=_style, data=data, script=script, unread=_unread_list(unread))
+    return _page.substitute(title=title, told=told, **parts)
+
+def _unread_list(unread, most=1000):
+    "The files that could not be read, as HTML"
+    if not unread: return ''
+    lines = [f'<li>{html.escape(readable(f"{path}: {reason}"))}</li>' for path,reason in unread]
+    summary = f'<summary>{len(unread)} files could not be read</summary>'
+    return f'<details id="unread">{summary}<ul>{"".join(lines[:most])}</ul></details>'
 
 # %% ../../nbs/engine/atlas_page.ipynb #atla0026
 most_on_page = 20_000 # images; with more, the page takes too long to open
@@ -259,11 +288,12 @@ def write_views(
     images:list,        # their thumbnails, bytes
     rows,               # (N, n) int: the nearest neighbours of each image
     similarity,         # (N, n) their cosine similarities
+    unread=(),          # pairs of a path and a reason
 ):
     "The page, if it is not too large, and the table for embedding-atlas, if pyarrow is there"
     if len(table) <= most_on_page:
         told = f'{len(table)} images, {table.cluster.max()+1} clusters'
-        text = page(title, told, page_data(table, images, rows, similarity))
+        text = page(title, told, page_data(table, images, rows, similarity), unread)
         (folder/'atlas.html').write_text(text)
     if find_spec('pyarrow'):
         wide = parquet_table(table, images, rows, similarity)
