@@ -151,6 +151,9 @@ def test_what_to_do():
     advice = {name: recommend(np.array(rate)) for name,rate in sure.items()}
     for name,text in advice.items(): print(f'{name}:\n{text}\n')
     assert 'cluster-aware' in advice['mars'] and 'cluster-aware' not in advice['unsure']
+    for name,text in advice.items():
+        warned = 'our Mars images clusters gained nothing' in ' '.join(text.split())
+        test_eq(warned, 'cluster-aware' in text)
     assert 'larger batch' in advice['orbit'] and '50%' in advice['mars']
     test_close(.2*(1-.5)**2, .05)
 
