@@ -214,8 +214,8 @@ def _why_clusters(rate, true):
     enough = f'a batch of {int(32/(1-rate))+2} would have 32, which is a rule of thumb'
     why = ['- the lower quartile of the rate is above 10 %; for such rates the paper gains by '
            'clusters, but on our Mars images clusters gained nothing',
-           '- clusters must be pure: on a synthetic yard (three seeds) they helped from a purity of '
-           f'roughly {enough_purity:g}; marsclr_cluster prints theirs where some labels are known']
+           '- clusters must be pure: on a synthetic yard (three seeds) they helped from a purity '
+           f'of roughly {enough_purity:g}; marsclr_cluster prints theirs if some labels are known']
     if true < 32: why.append(f'- right clusters leave {true:.1f} true negatives: {enough}')
     return why
 
