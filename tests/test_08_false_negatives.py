@@ -125,7 +125,7 @@ def test_the_simulation():
         return (same_class & different_images).sum()/different_views.sum()
 
     slow = np.array([one_batch() for _ in range(4000)])
-    slow.mean(), slow.std()
+    float(slow.mean()), float(slow.std())
 
     few_batches = draw_batches([5, 3, 2], 4, batches=3)
     test_eq(few_batches.sum(1), [4, 4, 4])
@@ -149,7 +149,7 @@ def test_the_simulation():
     unrelated = np.array([[25, 25], [15, 15], [10, 10]])
     test_eq(simulate(classes, 16).max(), 0)
     assert np.isnan(simulate(one_cluster, 16, of='negatives')).all()
-    left = simulate(unrelated, 16, of='negatives').mean()
+    left = float(simulate(unrelated, 16, of='negatives').mean())
     test_close(left, false_negative_rate([50, 30, 20], 16, of='negatives')[0], eps=.01)
     left
 

@@ -48,6 +48,10 @@ def test_opening():
     test_eq(len(missing(asked[asked.group == 'ablations'], ablations)), 0)
     test_eq(ablations.epochs.tolist(), [1, 1, 2, 1])
 
+    test_eq(colour_of('cluster-aware, texture, epochs=32'), colours['cluster-aware'])
+    test_eq(colour_of('DCL, layer=all'), colours['DCL'])
+    test_eq(len({*colours.values(), colour_of('mixed-domain')}), len(colours)+1)
+
 
 def test_figure_3_methods():
     fig = method_figure(table, dict(MarsYard={'eq. 1': 30}))
@@ -78,6 +82,10 @@ def test_figure_4_fewer_labels():
     corners = ax.collections[0].get_paths()[0].vertices
     left = corners[corners[:,0] == 10, 1]
     test_close((left.min(), left.max()), (10, 90))
+    other = pd.DataFrame(dict(method='eq. 1', pack='other', labels=[10, 100], accuracy=[.5, .51]))
+    both = labels_figure(pd.concat([draws, other])).axes
+    test_close(*(np.ptp(panel.get_ylim()) for panel in both))
+    plt.close(both[0].figure)
 
 
 def test_figure_5_how_many_clusters():

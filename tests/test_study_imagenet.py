@@ -15,6 +15,7 @@ from marsclr.archives.marsyard import write_marsyard
 from marsclr.datasets import msl
 from marsclr.engine.encoders import create_encoder
 from marsclr.engine.packing import pack_archive
+from marsclr.study.figures import colour_of
 from marsclr.study.imagenet import *
 
 
@@ -57,15 +58,17 @@ def test_on_msl_v2_1():
     fig,axs = plt.subplots(1, 2, figsize=(7.6, 2.6), dpi=80, sharey=True, layout='constrained')
     for ax,values,base in zip(axs, (losses, right), (frozen_loss, frozen_right)):
         rows = range(len(order))
-        ax.plot(values.loc[order, 'alone'], rows, 'o', mfc='white', color='tab:blue', label='alone')
-        ax.plot(values.loc[order, 'beside frozen'], rows, 'o', color='black', label='beside frozen')
-        ax.axvline(base, ls='--', color='tab:orange', label='frozen')
+        for kind,fill in (('alone', 'none'), ('beside frozen', 'full')):
+            ax.plot(values.loc[order, kind], rows, 'o', fillstyle=fill, color=colour_of('DCL'),
+                    label=kind)
+        ax.axvline(base, ls='--', color=colour_of('frozen ImageNet'), label='frozen')
     half = 50*(table[table.name == 'frozen'].high - table[table.name == 'frozen'].low).iloc[0]
-    axs[1].axvspan(frozen_right-half, frozen_right+half, color='tab:orange', alpha=.15, lw=0)
+    axs[1].axvspan(frozen_right-half, frozen_right+half, color=colour_of('frozen ImageNet'),
+                   alpha=.15, lw=0)
     axs[0].set_yticks(range(len(order)), order)
     axs[0].set_xlabel('log-loss on val, nats')
     axs[1].set_xlabel('accuracy on test, %')
-    axs[0].legend(fontsize=7)
+    axs[0].legend(fontsize=8)
     plt.show()
 
     gain = frozen_loss - losses.loc[order, 'beside frozen']

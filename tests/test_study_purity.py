@@ -10,8 +10,10 @@ from marsclr.engine.clusters import Clusters
 from marsclr.engine.files import MarsclrError, append_rows
 from marsclr.engine.encoders import encode, load_encoder
 from marsclr.study.cross_validation import paired_gain
+from marsclr.study.figures import colour_of
 from marsclr.study.homogeneity import labeled_yard, yard_pack
 from marsclr.study.settings import asked
+from marsclr.study.summaries import half_width
 from marsclr.linear_evaluation import probe
 from marsclr.engine.packing import Pack
 from marsclr.training import pretrain
@@ -71,17 +73,26 @@ def test_what_it_says():
                                 how=['', 'wrong']*2, amount=0, purity=1., recall=1.,
                                 accuracy=[.5, .6, .5, .7]))
     test_close(gains_over_dcl(by_hand)[['gain', 'sd']].iloc[0], [15, 50**.5], eps=1e-6)
+    assert np.isnan(gains_over_dcl(by_hand).half[0]) # two seeds
+    third = by_hand[by_hand.seed == 1].assign(seed=3, accuracy=[.5, .65])
+    three = gains_over_dcl(pd.concat([by_hand, third])).iloc[0]
+    test_close(three[['gain', 'half']].tolist(), [15, 4.3027*5/3**.5], eps=1e-3)
 
 
 def test_the_whole_curve():
     whole_curve = pd.read_csv('../results/purity-marsyard.csv')
-    purity_figure(whole_curve);
+    fig = purity_figure(whole_curve)
+    told = [text.get_text() for text in fig.legends[0].get_texts()]
+    test_eq(told, ['cluster-aware', 'eq. 2, view positives', 'wrong', 'cut', 'merged'])
 
     gains = gains_over_dcl(whole_curve)
     aware = gains[gains.method == 'cluster-aware'].set_index(['how', 'amount'])
     for way in (('wrong', 0), ('merged', 2), ('wrong', 1)):
-        purity,gain,sd = aware.loc[way, ['purity', 'gain', 'sd']]
-        print(f'{way[0]} {way[1]:g}: purity {purity:.2f}, gain {gain:+.1f} ± {sd:.1f} points')
+        purity,gain,sd,half = aware.loc[way, ['purity', 'gain', 'sd', 'half']]
+        print(f'{way[0]} {way[1]:g}: purity {purity:.2f}, gain {gain:+.1f} points, '
+              f'standard deviation {sd:.1f}, interval ± {half:.1f}')
+    assert (aware.half > aware.gain.abs()).all()
+    print('every interval holds zero')
 
     of_seeds = [break_even(gains_over_dcl(t)) for _,t in whole_curve.groupby('seed')]
     test_close(break_even(gains), enough_purity, eps=.005)

@@ -18,8 +18,10 @@ from ..engine.clusters import Clusters
 from ..engine.files import MarsclrError, append_rows
 from ..engine.encoders import encode, load_encoder
 from .cross_validation import paired_gain
+from .figures import colour_of
 from .homogeneity import labeled_yard, yard_pack
 from .settings import asked
+from .summaries import half_width
 from ..linear_evaluation import probe
 from ..engine.packing import Pack
 from ..training import pretrain
@@ -128,8 +130,8 @@ def purity_curve(
 # %% ../../nbs/study/purity.ipynb #30370f80
 def gains_over_dcl(
     table:pd.DataFrame, # what `purity_curve` made
-    # a row a method and way: mean purity and recall, mean and standard deviation of the gain
-    # (points), seeds
+    # a row a method and way: mean purity and recall; of the gain (points) the mean, the standard
+    # deviation, and half of its 95 % interval (NaN for fewer than three seeds); seeds
 ) -> pd.DataFrame:
     "What each encoder gains on DCL with the same seed"
     dcl = table[table.method == 'DCL'].set_index('seed').accuracy
@@ -137,7 +139,8 @@ def gains_over_dcl(
     spoiled['gain'] = 100*(spoiled.accuracy - spoiled.seed.map(dcl))
     by_way = spoiled.groupby(['method', 'how', 'amount'], sort=False)
     return by_way.agg(purity=('purity', 'mean'), recall=('recall', 'mean'), gain=('gain', 'mean'),
-                      sd=('gain', 'std'), seeds=('gain', 'size')).reset_index()
+                      sd=('gain', 'std'), half=('gain', half_width),
+                      seeds=('gain', 'size')).reset_index()
 
 # %% ../../nbs/study/purity.ipynb #6b0a0021
 def break_even(
@@ -154,21 +157,34 @@ def break_even(
     return float(purity[i] - gain[i]*(purity[i+1]-purity[i])/(gain[i+1]-gain[i]))
 
 # %% ../../nbs/study/purity.ipynb #4772ca41
+_markers = dict(wrong=('o', 'full'), cut=('^', 'none'), merged=('s', 'none'))
+
+def _draw_way(ax, t, method, how):
+    "The points of one loss and one way to spoil; cut classes, all pure, stand to the right of 1"
+    marker,fill = _markers[how]
+    aside = .04 if how == 'cut' else 0
+    ax.errorbar(t.purity + aside, t.gain, yerr=t.sd, ls='-' if how == 'wrong' else '', lw=1,
+                marker=marker, fillstyle=fill, ms=6, capsize=2, color=colour_of(method))
+
+def _purity_legend(fig):
+    "A line for each loss, a marker for each way to spoil"
+    losses = [plt.Line2D([], [], color=colour_of(method), label=method) for method in losses_of]
+    ways = [plt.Line2D([], [], ls='', marker=marker, fillstyle=fill, color='grey', label=how)
+            for how,(marker,fill) in _markers.items()]
+    fig.legend(handles=losses + ways, fontsize=9, loc='outside right upper')
+
+# %% ../../nbs/study/purity.ipynb #c2e7d935
 def purity_figure(
     table:pd.DataFrame, # what `purity_curve` made
 ):
     "Gain over DCL against the purity of the positive pairs: mean and standard deviation over seeds"
     gains = gains_over_dcl(table)
-    fig,ax = plt.subplots(figsize=(6, 3.2), dpi=80, layout='constrained')
-    for method,colour in zip(losses_of, ('tab:orange', 'tab:blue')):
-        for how,marker in dict(wrong='o', cut='^', merged='s').items():
-            t = gains[(gains.method == method) & (gains.how == how)].sort_values('purity')
-            line = '-' if how == 'wrong' else ''
-            ax.errorbar(t.purity, t.gain, yerr=t.sd, fmt=marker, ls=line, ms=5, lw=1, capsize=2,
-                        color=colour, label=f'{method}, {how}')
+    fig,ax = plt.subplots(figsize=(7.4, 3.2), dpi=80, layout='constrained')
+    for (method,how),t in gains.groupby(['method', 'how'], sort=False):
+        _draw_way(ax, t.sort_values('purity'), method, how)
+    _purity_legend(fig)
     ax.axhline(0, ls=':', color='grey')
     ax.set(xlabel='purity of the positive pairs', ylabel='gain in accuracy over DCL, points')
-    ax.legend(fontsize=7)
     return fig
 
 # %% ../../nbs/study/purity.ipynb #6b0a0042
