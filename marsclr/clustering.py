@@ -170,8 +170,8 @@ def warn_impure(
     purity = quality.get('purity', 1)
     if purity >= enough_purity or not quality['caught'] + quality['swallowed']: return ''
     return (f'warning: only {purity:.0%} of the pairs that share a cluster are of one class. Below '
-            f'{enough_purity:.0%}, the\ncluster-aware loss lost accuracy on a synthetic yard: make '
-            'more clusters, or try another source')
+            f'roughly\n{enough_purity:.0%} (on a synthetic yard, three seeds), the cluster-aware '
+            'loss lost accuracy:\nmake more clusters, or try another source')
 
 # %% ../nbs/06_clustering.ipynb #b102e131
 def _cluster_texture(data, to, epochs, k, run, backbone, size, seed, device):

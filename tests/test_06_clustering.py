@@ -109,7 +109,7 @@ def test_what_a_cluster_is_worth():
     by_hand = dict(false_negatives_before=2/6, purity=1/3, caught=1/2, swallowed=2/4,
                    false_negatives_after=1/3)
     test_eq(four, by_hand)
-    pd.Series(four).round(3)
+    print(pd.Series(four).round(3).to_string())
 
 
 def test_without_labels():

@@ -13,6 +13,7 @@ from marsclr.engine.commands import command
 from marsclr.engine.encoders import create_encoder, encode, encode_to, load_encoder
 from marsclr.engine.files import MarsclrError, atomic_write, explain_interruption, file_lock
 from marsclr.engine.files import check_writable, read_json, write_json
+from marsclr.engine.health import say_remedy
 from marsclr.engine.neighbours import nearest_images, neighbours_figure
 from marsclr.engine.packing import Pack, load_pack, pack_archive
 from marsclr.engine.pairs import nothing_to_learn
@@ -21,12 +22,14 @@ from marsclr.engine.thumbnails import map_figure, save_figure
 from marsclr.engine.weights import has_imagenet
 from marsclr.training import pretrain
 import timm
+from IPython.display import Markdown
 from PIL import Image
 from fastcore.test import *
 from IPython.utils.capture import capture_output
 from marsclr.archives.marsyard import write_marsyard
+from marsclr.engine.health import HealthLimits, advice, describe_health
 from marsclr.engine.weights import describe_init
-from marsclr.start import from_random, marsclr_start, start
+from marsclr.start import fold, from_random, marsclr_start, start
 from marsclr.start import *
 
 
@@ -51,6 +54,41 @@ def test_what_you_get():
     fig,ax = plt.subplots(figsize=(6, 4), layout='constrained')
     ax.imshow(Image.open(tmp/'all'/'neighbours.png'))
     ax.set_axis_off();
+
+
+def test_what_the_report_says_of_training():
+    yard = pack_archive(image_folder(write_marsyard(tmp/'more', n=256, size=48)/'images'),
+                        tmp/'more.pack', 48)
+    easy = dict(from_random, backbone='test_resnet', image_size=32, lr=3e-3, warmup=0, crop_min=.2,
+                crop_max=1., device='cpu')
+    with capture_output(): pretrain(yard, tmp/'good', epochs=10, **easy)
+    good = describe_health(tmp/'good')
+    print(fold(good))
+    assert good.startswith(advice['good'])
+
+    limits = HealthLimits()
+    rows = {
+        'loss, and what it would be if all views were the same':
+            ('The second is the loss of a network to which all images look the same. '
+             '[Random weights](03_losses.ipynb#equation-1) begin a little above it.',
+             'falls; below the second, something is learned'),
+        'similarity of two views of one image, of different images':
+            ('The cosine of their projections, from -1 to 1.',
+             f'the first more than {limits.learned:g} above the second, which is near 0 '
+             f'(above {limits.collapsed:g} all images look the same)'),
+        'rank of the features':
+            ('How many directions the features of a batch use.', 'does not fall to a few'),
+        'spread':
+            ('How far the features lie apart, from 0, all the same, to 1.',
+             f'far above {limits.no_spread:g}'),
+        'correlation of views':
+            ('How alike the two views of an image are as pictures, shrunk to 8 x 8 pixels.',
+             f'{limits.too_different:g} to {limits.too_alike:g}'),
+        'a step moves the weights by':
+            ("The largest step that was looked at, as a share of the weights' length.",
+             f'above {limits.hardly_moves:g}')}
+    lines = [f'| {name} | {what} | {good} |' for name,(what,good) in rows.items()]
+    Markdown('\n'.join(['| number | what it is | good |', '| --- | --- | --- |', *lines]))
 
 
 def test_stopped_and_taken_up():
@@ -126,6 +164,9 @@ def test_what_is_found():
     unsure = say_found(np.array([0, .01, .04, .1, .3]), 64, tmp)
     assert 'are rare here' in rare.replace('\n', ' ')
     assert 'not certain yet' in unsure.replace('\n', ' ')
+    wide = say_found(np.array([.015, .12, .31, .6, .93]), 64, tmp)
+    assert 'little is known until you count' in wide.replace('\n', ' ')
+    assert 'probably common' not in wide.replace('\n', ' ')
 
 
 def test_the_recipe_and_what_it_brings():
@@ -143,9 +184,24 @@ def test_the_recipe_and_what_it_brings():
     at_random = mean_accuracy('recommended', 'random weights, layer=covariances')
     trained = mean_accuracy('recommended', 'recommended')
     frozen = mean_accuracy('fig3', 'frozen ImageNet')
-    print(at_random, trained, frozen)
-    for figure in at_random, trained, frozen: assert figure in expected['random']
+    runs = pd.read_csv('results/laptop-msl/recommended.csv').query("method == 'recommended'")
+    learned_from = f'{runs["pool"].iloc[0]:,} images'
+    print(at_random, trained, frozen, learned_from)
+    for figure in at_random, trained, frozen, learned_from: assert figure in expected['random']
+    assert runs.train_s.between(3600, 7200).all() # one to two hours
     assert frozen in expected['imagenet']
+
+    blocks = pd.read_csv('results/laptop-msl/cross_validation.csv')
+    of_frozen = blocks.query("pack == 'MSL v2.1' and method == 'frozen ImageNet'")
+    by_blocks = of_frozen.test_right.sum()/of_frozen.test_images.sum()
+    all_stages = pd.read_csv('results/imagenet-msl.csv').query("features == 'frozen'").accuracy.item()
+    values = {
+        frozen: 'its last layer; $C$ chosen on val. So here, on the first page and in most figures',
+        f'{by_blocks:.1%}': 'its last layer; $C$ by [cross-validation](study/cross_validation.ipynb)',
+        f'{all_stages:.1%}': "all its stages, means over an image and its mirror image "
+                             "([from ImageNet's weights](study/imagenet.ipynb))"}
+    lines = [f'| {accuracy} | {what} |' for accuracy,what in values.items()]
+    Markdown('\n'.join(['| accuracy | what is probed |', '| --- | --- |', *lines]))
 
 
 def test_how_long_it_takes():

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['advice', 'many_copies', 'view_similarities', 'spread', 'effective_rank', 'view_likeness', 'Health', 'HealthLimits',
-           'judge_health', 'describe_health', 'describe_copies']
+           'judge_health', 'describe_health', 'last_row', 'changed_recipe', 'say_remedy', 'describe_copies']
 
 # %% ../../nbs/engine/health.ipynb #he000004
+import shlex, textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -160,14 +161,20 @@ def describe_health(
     run, # a run folder, or the table in its log.csv
 ) -> str: # one line; '' where the log is older than these columns
     "Is the curve right, and what to change if not?"
-    log = run if isinstance(run, pd.DataFrame) else _read_log(Path(run)/'log.csv')
-    if 'same_image' not in log: return ''
-    rows = log.dropna(subset=['same_image', 'different', 'spread', 'likeness', 'step_size'])
-    if not len(rows): return ''
-    row = rows.iloc[-1]
-    return f'{advice[judge_health(row)]} ({_facts(row)})'
+    row = last_row(run)
+    return '' if row is None else f'{advice[judge_health(row)]} ({_facts(row)})'
 
 # %% ../../nbs/engine/health.ipynb #he000027
+def last_row(
+    run, # a run folder, or the table in its log.csv
+): # the columns of `Health`, of the last epoch that has them; None where no epoch has
+    "What a run is judged by; of the steps the largest, since a schedule ends with tiny ones"
+    log = run if isinstance(run, pd.DataFrame) else _read_log(Path(run)/'log.csv')
+    if 'same_image' not in log: return None
+    rows = log.dropna(subset=['same_image', 'different', 'spread', 'likeness', 'step_size'])
+    if not len(rows): return None
+    return pd.concat([rows.iloc[-1].drop('step_size'), rows[['step_size']].max()])
+
 def _facts(row):
     "The numbers that a judgement rests on, in words"
     return (f"loss {row['loss']:.2f}, {row['chance']:.2f} if all views were the same; similarity "
@@ -180,6 +187,38 @@ def _read_log(path):
     try: return pd.read_csv(path)
     except (OSError, ValueError) as e:
         raise MarsclrError(f'{path} cannot be read: is it in a run of marsclr_pretrain?') from e
+
+# %% ../../nbs/engine/health.ipynb #058cd40b
+def changed_recipe(
+    recipe:dict, # for `pretrain`, with lr, crop_min and epochs
+    verdict:str, # what `judge_health` gave
+) -> dict: # the recipe with the change that the verdict asks for
+    "What to try next"
+    larger = dict(crop_min=.2 if recipe['crop_min'] < .2 else .5, crop_max=1.)
+    changes = {'collapsed': dict(lr=recipe['lr']/10),
+               'too low a rate': dict(lr=recipe['lr']*10),
+               'too alike': dict(crop_min=.05, crop_max=.5, colour_strength=1.),
+               'too different': larger,
+               'not yet': dict(larger, epochs=2*recipe['epochs'])}
+    return recipe | changes.get(verdict, {})
+
+# %% ../../nbs/engine/health.ipynb #a4527d39
+def say_remedy(
+    run,         # the run folder, with its log
+    pack,        # what it has learned from
+    recipe:dict, # for `pretrain`, as it was trained with
+) -> str: # lines of a report; '' where the curve looks right
+    "The command that changes what the log of a run complains about"
+    row = last_row(run)
+    verdict = 'good' if row is None else judge_health(row)
+    if verdict == 'good': return ''
+    words = ['marsclr_pretrain', shlex.quote(str(pack)), shlex.quote(f'{run}-2')]
+    words += [f'--{name}' if value is True else f'--{name} {shlex.quote(str(value))}'
+              for name,value in changed_recipe(recipe, verdict).items()]
+    text = ' '.join(word.replace(' ', '\0') for word in words) # no line ends within a word
+    lines = textwrap.wrap(text, 92, break_on_hyphens=False, break_long_words=False)
+    return '\n'.join(['With that change, on the same images:',
+                      '  ' + ' \\\n    '.join(lines).replace('\0', ' ')])
 
 # %% ../../nbs/engine/health.ipynb #he000043
 many_copies = .1 # share of the images
