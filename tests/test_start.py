@@ -47,10 +47,6 @@ def test_what_you_get():
              'config.json diagnosis.txt diagnosis.json')
     test_eq(made - {'.lock'}, set(files.split()))
 
-    fig,ax = plt.subplots(figsize=(6, 5), layout='constrained')
-    ax.imshow(Image.open(tmp/'all'/'map.jpg'))
-    ax.set_axis_off();
-
     fig,ax = plt.subplots(figsize=(6, 4), layout='constrained')
     ax.imshow(Image.open(tmp/'all'/'neighbours.png'))
     ax.set_axis_off();
