@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np, pandas as pd, torch
 from safetensors.torch import load_file
 from marsclr.engine.encoders import Stages, create_encoder, encode
-from marsclr.engine.files import append_rows
+from marsclr.engine.files import MarsclrError, append_rows
 from marsclr.engine.packing import Pack
 from marsclr.engine.weights import save_encoder
 from marsclr.linear_evaluation import probe
@@ -19,6 +19,7 @@ from marsclr.study.peer_methods import Job, check_peers, peers, write_images
 from marsclr.study.settings import asked, open_folder
 from marsclr.study.summaries import half_width, paired_differences
 import tempfile
+from unittest.mock import patch
 from fastcore.test import *
 from IPython.utils.capture import capture_output
 from marsclr.study.homogeneity import yard_pack
@@ -41,6 +42,10 @@ def test_the_same_minutes():
     assert .5 < speed/(2*len(yard)/.1) < 2
     test_eq(epochs_in(1, 100, 1000), 6)
     test_eq(epochs_in(.01, 100, 1000), 1)
+    with expect_fail(MarsclrError, 'no time that can be measured'):
+        steady = iter([0, 1, 5, 7, 9, 11])
+        with patch.dict(images_per_second.__globals__, processor_seconds=lambda: next(steady)):
+            images_per_second(lambda job: None, replace(job, to=tmp/'speed'))
     print(f'{speed:.0f} images a second')
 
 

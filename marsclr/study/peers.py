@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np, pandas as pd, torch
 from safetensors.torch import load_file
 from ..engine.encoders import Stages, create_encoder, encode
-from ..engine.files import append_rows
+from ..engine.files import MarsclrError, append_rows
 from ..engine.packing import Pack
 from ..engine.weights import save_encoder
 from ..linear_evaluation import probe
@@ -47,7 +47,10 @@ def images_per_second(
         train(replace(job, epochs=epochs))
         return processor_seconds()-began
     seconds(1)
-    return cores*2*len(job.pack)/max(seconds(3)-seconds(1), 1e-3)
+    two_epochs = seconds(3)-seconds(1)
+    if two_epochs <= 0: raise MarsclrError('two epochs take no time that can be measured: '
+                                           'give larger batches')
+    return cores*2*len(job.pack)/two_epochs
 
 def epochs_in(minutes:float, speed:float, images:int) -> int:
     "How many epochs fit; at least one"
