@@ -41,6 +41,8 @@ function scrolls(e) {
         if (['auto', 'scroll'].includes(getComputedStyle(o).overflowX)) return true;
     return false;
 }
+const folded = main.querySelectorAll('details:not([open])');
+for (const e of folded) e.open = true;
 for (const e of main.querySelectorAll('pre.sourceCode'))
     if (e.scrollWidth > e.clientWidth + 1) faults.push('code is cut at the right: ' + start(e));
 for (const e of main.querySelectorAll('pre, table, img, figure'))
@@ -48,6 +50,7 @@ for (const e of main.querySelectorAll('pre, table, img, figure'))
         faults.push('wider than its column: ' + (start(e) || e.outerHTML.slice(0, 60)));
 if (document.scrollingElement.scrollWidth > innerWidth)
     faults.push('the page is wider than the window');
+for (const e of folded) e.open = false;
 """
 FIGURES = """
 for (const e of main.querySelectorAll('img, svg[role=img]'))

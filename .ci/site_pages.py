@@ -1,8 +1,8 @@
 """Turn the notebooks into what Quarto or smalldocs renders.
 
 It is what nbdev's `proc_nbs` does, but signatures are plain and fit on a page, a function whose
-source follows is not shown twice, and names lead to the module that defines them. Two processes
-share the work, and what it imports.
+source follows is not shown twice, names lead to the module that defines them, and imports and long
+checks are folded. Two processes share the work, and what it imports.
 """
 import ast
 import inspect
@@ -24,10 +24,11 @@ from nbdev.doclinks import NbdevLookup, _get_exps, patch_name
 from nbdev.process import Processor
 from nbdev.serve_drv import exec_nb
 
-from notebook_tests import code, directives, notebooks
+from notebook_tests import checks, code, directives, is_import, notebooks
 
 ROOT = Path(__file__).resolve().parent.parent
 WIDTH = 88    # characters of a line of a signature, at most
+CHECKED = 6   # lines of a check that stays open outside the lessons, at most
 DEEPER = ' '*8
 CONFIG = get_config(path=ROOT)
 REPOSITORY = f'{CONFIG.git_url}/blob/{CONFIG.branch}'
@@ -98,6 +99,7 @@ def plain(text:str) -> str:
 class Renderer(nbdev.showdoc.BasicMarkdownRenderer):
     "What `show_doc` shows: a link to the source, the name as a heading, signature and docstring."
     module = ''  # of the notebook in work, such as marsclr.engine.files
+    lesson = False  # is it one of the lessons?
     shown = set()  # names whose whole source stands below what is shown of them
     faults = []  # what is wrong in that notebook
 
@@ -168,10 +170,30 @@ class SourceBelow(Processor):
             cells[at:end] = [*reversed(cells[at + 1:end]), cells[at]]
 
 
+def summary(cell) -> str:
+    """What a cell is called where it is folded, or empty where it stays open.
+
+    Imports are folded everywhere, and outside the lessons checks that are long and show nothing.
+    `#| code-fold: true` folds any other cell; the source of a lesson's functions stays open.
+    """
+    if cell.cell_type != 'code' or 'code-fold' in directives(cell): return ''
+    body = ast.parse(code(cell)).body
+    if body and all(map(is_import, body)): return 'Imports'
+    long = len(code(cell).splitlines()) > CHECKED
+    if Renderer.lesson or cell.get('outputs') or not long: return ''
+    return 'Checks' if checks(body) else ''
+
+
+def fold(cell):
+    "Fold what a reader can do without at first sight."
+    name = summary(cell)
+    if name: cell.source = f'#| code-fold: true\n#| code-summary: {name}\n{cell.source}'
+
+
 class Processors(nbdev.processors.FilterDefaults):
-    "nbdev's steps, two of them our own."
+    "nbdev's steps, three of them our own."
     def base_procs(self):
-        own = {'add_links': add_links, 'mv_exports': SourceBelow}
+        own = {'add_links': add_links, 'add_fold': fold, 'mv_exports': SourceBelow}
         return [own.get(step.__name__, step) for step in super().base_procs()]
 
 
@@ -188,7 +210,7 @@ def process(path:Path) -> list[str]:
     "Write the processed notebook; its faults."
     name = path.relative_to(ROOT/'nbs')
     Renderer.module, Renderer.shown = read_names(path)
-    Renderer.faults = []
+    Renderer.faults, Renderer.lesson = [], path.name[0].isdigit()
     nbdev.showdoc.BasicMarkdownRenderer = Renderer
     try: exec_nb(path, ROOT/'_proc'/name, Processors)
     except Exception as e: return [f'nbs/{name}: {e}: {e.__cause__}']

@@ -187,6 +187,29 @@ def test_names_lead_to_the_module_that_defines_them():
     finally: site_pages.Renderer.module = ''
 
 
+LONG = '\n'.join(f'x = {i}' for i in range(site_pages.CHECKED))
+SAID = [new_output('stream', text='1')]
+
+
+@pytest.mark.parametrize('cell,in_lesson,elsewhere', [
+    (new_code_cell('import os\nfrom pathlib import Path'), 'Imports', 'Imports'),
+    (new_code_cell('x = 1\nassert x'), '', ''),
+    (new_code_cell(f'{LONG}\nassert x'), '', 'Checks'),
+    (new_code_cell(f'{LONG}\nx'), '', ''),
+    (new_code_cell(f'{LONG}\nassert x\nx', outputs=SAID), '', ''),
+    (new_code_cell(f'#| code-fold: true\n{LONG}\nassert x'), '', ''),
+    (nbformat.v4.new_markdown_cell('import os'), '', ''),
+])
+def test_imports_and_long_checks_are_folded(cell, in_lesson, elsewhere):
+    for lesson,name in (True, in_lesson), (False, elsewhere):
+        site_pages.Renderer.lesson = lesson
+        assert site_pages.summary(cell) == name
+        folded = nbformat.NotebookNode(cell)
+        site_pages.fold(folded)
+        start = f'#| code-fold: true\n#| code-summary: {name}\n' if name else ''
+        assert folded.source == start + cell.source
+
+
 # --- notebooks
 
 FIGURE = [new_output('display_data', {'image/png': 'x'})]
@@ -212,7 +235,7 @@ def test_notebooks_that_make_no_good_page_are_found(tmp_path, cell, name, fault)
 SIDEBAR = '<nav id="quarto-sidebar">Lessons Engine Archives Study</nav>'
 FINE = '''<html><body>{nav}<main style="width: 300px"><p>An img <img alt="a rock" src="data:,"></p>
 <span class="math"><span class="katex">x</span></span>
-<pre class="sourceCode">x = 1</pre><table><tr><td>5 $</td></tr></table></main></body></html>'''
+<pre class="sourceCode">x = 1</pre></details><table><tr><td>5 $</td></tr></table></main></body></html>'''
 FINE = FINE.format(nav=SIDEBAR)
 
 
@@ -230,6 +253,8 @@ def tab():
 
 @pytest.mark.parametrize('good,bad,fault', [
     ('x = 1', 'x = 2', []),
+    ('<pre class', '<details><pre class', []),
+    ('<pre class="sourceCode">x', '<details><pre class="sourceCode">' + 'x'*200, ['code is cut at']),
     ('x = 1', 'x'*200, ['code is cut at the right: xxx', 'the page is wider than the window']),
     ('<table>', '<table style="width: 320px">', ['wider than its column: 5 $']),
     ('5 $', '$x^2$', ['a formula is not drawn: $x^2$']),
