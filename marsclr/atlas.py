@@ -169,7 +169,7 @@ def check_atlas(
 # %% ../nbs/11_atlas.ipynb #11at0025
 @command
 def marsclr_atlas(
-    run:str,          # run folder, or `imagenet` (needs marsclr[imagenet]), or `random`
+    run:str,          # run folder, or `imagenet` (needs the extra imagenet), or `random`
     pack:str,         # pack folder, with or without labels
     to:str='',        # the folder to make; PACK.atlas by default (PACK without `.pack`)
     clusters:int=25,  # how many
@@ -178,7 +178,7 @@ def marsclr_atlas(
     seed:int=42,      # of clusters, map and random weights
     device:str='',    # cpu, cuda, ...; the best there is by default
     by_image:bool=False, # of a pack of tiles: features of an image are the mean over its tiles
-    serve:bool=False, # show it with embedding-atlas at a local address (needs marsclr[atlas])
+    serve:bool=False, # show it with embedding-atlas at a local address (needs the extra atlas)
     port:int=5055,    # for --serve
 ):
     "A map of an archive, to be opened in a browser"
@@ -225,7 +225,7 @@ def _print_atlas(pack, to, features):
     if (to/'atlas.html').exists(): print(f'open {to}/atlas.html in a browser')
     else: print(f'no page: it holds up to {most_on_page:,} images; see {to}/map.png')
     if not (to/'atlas.parquet').exists():
-        print("no atlas.parquet for embedding-atlas: pip install 'marsclr[atlas]'")
+        print("no atlas.parquet for embedding-atlas: pip install '.[atlas]'")
 
 # %% ../nbs/11_atlas.ipynb #11at002a
 def open_atlas(

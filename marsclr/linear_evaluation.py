@@ -251,7 +251,7 @@ def probed_encoder(run, kind, backbone, stages, seed):
 # %% ../nbs/05_linear_evaluation.ipynb #lin00015
 @partial(command, several=True)
 def marsclr_probe(
-    run:str,              # run folder, or `imagenet` (needs marsclr[imagenet]), or `random`
+    run:str,              # run folder, or `imagenet` (needs the extra imagenet), or `random`
     pack:str,             # labeled pack folder
     to:str='',            # folder for the results, RUN/probe-PACK by default
     kind:str='logistic',  # logistic, linear (Adam), dense128 (a hidden layer) or projection

@@ -205,7 +205,7 @@ def test_from_the_command_line():
         run_probe('imagenet', tmp/'pack', '--to', tmp/'imagenet')
         test_eq(read_json(tmp/'imagenet/summary.json')['backbone'], 'tf_efficientnet_lite0')
         plt.close('all')
-    else: print('marsclr[imagenet] is not installed: left out')
+    else: print('the extra imagenet is not installed: left out')
     with expect_fail(SystemExit, 'imagenet weights have no run folder'):
         run_probe('imagenet', tmp/'pack')
 

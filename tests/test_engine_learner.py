@@ -4,7 +4,7 @@ import ctypes, signal, sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 import numpy as np, torch
-from fastai.callback.core import Callback, CancelEpochException
+from fastai.callback.core import Callback, CancelEpochException, CancelFitException
 from fastai.distributed import DistributedDL
 from fastai.learner import AvgSmoothLoss, Learner
 from fastai.torch_core import to_device
@@ -13,8 +13,8 @@ from marsclr.engine.encoders import fast_bf16
 from marsclr.engine.files import MarsclrError, file_lock, on_signal
 from marsclr.engine.packing import Pack
 from marsclr.engine.processes import rank, world_size
-from marsclr.engine.randomness import epoch_order
-import shutil, tempfile
+from marsclr.engine.randomness import addressed_uniform, epoch_order
+import shutil, tempfile, time
 from pathlib import Path
 from types import SimpleNamespace
 from fastai.data.core import DataLoaders
@@ -26,30 +26,28 @@ from torch.nn import functional as F
 from marsclr.archives.marsyard import write_marsyard
 from marsclr.datasets import msl
 from marsclr.engine.packing import pack_archive
-from marsclr.engine.randomness import addressed_uniform
 from marsclr.engine.learner import *
 
 
 def test_a_loader_with_a_place():
-    global Points, tmp
-    class Points:
-        "Points (x, 3x + 1), in an order that depends on the epoch alone"
-        bs = 8
-        epoch = start = 0
-        device = torch.device('cpu')
-        def __init__(self):
-            self.x = addressed_uniform(torch.arange(64), 1, 42)
-            self.y = 3*self.x + 1
-        def __len__(self): return len(self.x)//self.bs
-        def to(self, device): return self
-        def __iter__(self):
-            batches = epoch_order(len(self.x), 42, self.epoch).reshape(-1, self.bs)
-            for rows in batches[self.start:]: yield self.x[rows],self.y[rows]
-
+    global tmp
     loader = Points()
     first = [next(iter(loader))[0][0].item() for loader.epoch in (0, 1, 0)]
     assert first[0] == first[2] != first[1]
     first
+
+    asked = []
+    def reciprocal(x):
+        asked.append(x)
+        return 1/x
+
+    numbers = read_ahead(reciprocal, [1, 2, 4, 0])
+    test_eq(next(numbers), 1)
+    time.sleep(.1) # the thread has had its time
+    test_eq(asked, [1, 2])
+    test_eq([next(numbers) for _ in range(2)], [.5, .25])
+    with expect_fail(ZeroDivisionError): next(numbers)
+    test_eq(list(read_ahead(reciprocal, [])), [])
 
     tmp = Path(tempfile.mkdtemp())
     pack = pack_archive(msl(write_marsyard(tmp/'yard', n=256, size=32)), tmp/'pack', size=32)
@@ -145,5 +143,9 @@ def test_a_learner_that_starts_anywhere():
 
     test_eq(len(points_seen()), 24)
     test_eq(points_seen(1, 2), points_seen()[10:])
+
+    cut_off = Seen()
+    fit(nn.Linear(1, 1), [cut_off, StopAfter(11)], epochs=3)
+    test_eq(cut_off.points, points_seen()[:11])
 
     shutil.rmtree(tmp)

@@ -14,14 +14,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch as replaced
 import pandas as pd, torch
-from fastai.callback.core import CancelFitException
 from fastai.data.core import DataLoaders
 from fastai.optimizer import OptimWrapper
 from fastcore.test import *
 from IPython.utils.capture import capture_output
 from torch import nn
 from torch.nn import functional as F
-from marsclr.engine.learner import RunLearner
+from marsclr.engine.learner import Points, RunLearner, StopAfter
 from marsclr.engine.runs import RunFolder
 from marsclr.engine.run_progress import *
 
@@ -38,31 +37,13 @@ def test_a_line():
 
 
 def test_a_bar_or_lines():
-    class StopAfter(Callback):
-        "Pull the plug after so many steps"
-        order = 100
-        def __init__(self, steps): self.steps = steps
-        def after_batch(self):
-            if self.train_iter == self.steps: raise CancelFitException()
-
-    class Numbers:
-        "Eight batches of eight numbers, the same in each epoch"
-        bs = 8
-        epoch = start = 0
-        device = torch.device('cpu')
-        x = torch.linspace(0, 1, 64)[:,None]
-        def __len__(self): return 8
-        def to(self, device): return self
-        def __iter__(self):
-            for i in range(self.start, 8): yield self.x[8*i:8*i+8],self.x[8*i:8*i+8]
-
     def sgd(params, **kwargs): return OptimWrapper(params, torch.optim.SGD, **kwargs)
 
     tmp = Path(tempfile.mkdtemp())
 
     def shown(folder, watched, steps):
         "A run that shows how far it is"
-        dls = DataLoaders(Numbers(), Numbers())
+        dls = DataLoaders(Points(), Points())
         cbs = [RunFolder(tmp/folder, save_every=1), StopAfter(steps)]
         learn = RunLearner(dls, nn.Linear(1, 1), F.mse_loss, opt_func=sgd, lr=.1, cbs=cbs)
         with replaced.dict(show_progress.__globals__, is_watched=lambda: watched):

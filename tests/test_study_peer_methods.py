@@ -14,6 +14,7 @@ from marsclr.engine.files import MarsclrError, atomic_write
 from marsclr.engine.packing import Pack
 from marsclr.engine.weights import has_imagenet
 from marsclr.start import from_imagenet, from_random
+from marsclr.study.measuring import worker_loader
 from marsclr.training import pretrain
 import shutil, tempfile
 from dataclasses import replace

@@ -10,7 +10,8 @@ from marsclr.engine.packing import Pack
 from marsclr.engine.views import Views
 from marsclr.losses import NTXentLoss
 from marsclr.study.counting import counted, counters
-from marsclr.study.measuring import Pictures, installed, on_gpu, summary, take_turns, yard_images
+from marsclr.study.measuring import Pictures, installed, on_gpu, summary, take_turns
+from marsclr.study.measuring import worker_loader, yard_images
 from marsclr.study.speed import value_and_gradient
 from marsclr.training import TwoViews, adam, contrastive_learner
 from textwrap import fill

@@ -44,10 +44,10 @@ def serve_atlas(
     "Show an atlas with embedding-atlas, until Ctrl-C"
     table = Path(folder)/'atlas.parquet'
     if not find_spec('embedding_atlas'):
-        raise MarsclrError("--serve needs embedding-atlas: pip install 'marsclr[atlas]'")
+        raise MarsclrError("--serve needs embedding-atlas: pip install '.[atlas]'")
     if not table.exists():
         raise MarsclrError(f'{table} is not there, since {folder} was made without '
-                           'marsclr[atlas]: delete the folder, and give the command again')
+                           'the extra atlas: delete the folder, and give the command again')
     check_port(port)
     address = f'http://{_host}:{port}'
     print(f'embedding-atlas starts at {address} (in a minute; Ctrl-C ends it)', flush=True)

@@ -192,7 +192,7 @@ def embed(
 # %% ../../nbs/engine/embed.ipynb #em000026
 @command
 def marsclr_embed(
-    run:str,         # run folder, imagenet (needs marsclr[imagenet]), random, or a file of weights
+    run:str,         # run folder, imagenet (needs the extra imagenet), random, or a file of weights
     pack:str,        # pack folder; several, separated by commas, are one
     to:str='',       # the folder to make
     stages:bool=False, # means, deviations and covariances of all stages, not the last features

@@ -262,7 +262,8 @@ def train_in_folder(
     normalisation = list(map(list, input_stats(learn.model)))
     config = config | dict(normalisation=normalisation)
     pack = learn.dls.train.pack
-    on_first_rank(lambda: (check_same_images(run, pack), check_images_differ(pack)))
+    on_first_rank(lambda: check_same_images(run, pack))
+    on_first_rank(lambda: check_images_differ(pack))
     unfinished = open_run(run, config, later=unnamed_settings(config['loss']))
     if not unfinished: return _say(f'{run} is finished')
     copies = describe_copies(pack.table)

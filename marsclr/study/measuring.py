@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['peers', 'measuring_script', 'processor', 'installed_version', 'on_gpu', 'machine', 'wait_for', 'seconds_a_call',
            'calls_of_a_turn', 'take_turns', 'summary', 'ratio_figure', 'installed', 'ran_out_of_memory',
-           'measure_alone', 'gpu_peak', 'yard_images', 'Pictures']
+           'measure_alone', 'gpu_peak', 'yard_images', 'Pictures', 'worker_loader']
 
 # %% ../../nbs/study/measuring.ipynb #df7b69de
 import math, os, platform, signal, subprocess, sys, time
@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np, pandas as pd, torch
 from matplotlib import pyplot as plt
 from PIL import Image
+from torch.utils.data import DataLoader
 from ..archives.marsyard import marsyard
 from ..engine.packing import Pack
 
@@ -216,3 +217,13 @@ class Pictures:
 
     def __len__(self): return len(self.pictures)
     def __getitem__(self, i): return self.transform(self.pictures[i])
+
+# %% ../../nbs/study/measuring.ipynb #53d91b9b
+def worker_loader(
+    data,        # a torch dataset
+    bs:int,      # images in a batch
+    workers:int, # processes; 0: none but this one
+) -> DataLoader:
+    "Shuffled whole batches, made by processes that outlive an epoch"
+    return DataLoader(data, bs, shuffle=True, drop_last=True, num_workers=workers,
+                      persistent_workers=workers > 0)

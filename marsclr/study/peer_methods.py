@@ -22,6 +22,7 @@ from ..engine.files import MarsclrError, atomic_write
 from ..engine.packing import Pack
 from ..engine.weights import has_imagenet
 from ..start import from_imagenet, from_random
+from .measuring import worker_loader
 from ..training import pretrain
 
 # %% ../../nbs/study/peer_methods.ipynb #47caffbb
@@ -82,8 +83,7 @@ def train_lightly(
     torch.manual_seed(job.seed)
     transform = SimCLRTransform(input_size=job.view, gaussian_blur=0.)
     data = LightlyDataset(str(job.images), transform=transform)
-    loader = torch.utils.data.DataLoader(data, job.batch, shuffle=True, drop_last=True,
-                                         num_workers=2, persistent_workers=True)
+    loader = worker_loader(data, job.batch, workers=2)
     backbone = create_encoder('resnet18')
     lightly_epochs(backbone, loader, job.epochs)
     return backbone.eval()

@@ -18,7 +18,8 @@ from ..engine.packing import Pack
 from ..engine.views import Views
 from ..losses import NTXentLoss
 from .counting import counted, counters
-from .measuring import Pictures, installed, on_gpu, summary, take_turns, yard_images
+from .measuring import Pictures, installed, on_gpu, summary, take_turns
+from .measuring import worker_loader, yard_images
 from .speed import value_and_gradient
 from ..training import TwoViews, adam, contrastive_learner
 
@@ -74,8 +75,7 @@ def lightly_loop(
     def loss(z, _): return nt_xent(*z.chunk(2))
     step = step_of(model_of(backbone), loss, ours)
     pictures = Pictures(pack, SimCLRTransform(input_size=size, gaussian_blur=0.))
-    loader = torch.utils.data.DataLoader(pictures, bs, shuffle=True, drop_last=True,
-                                         num_workers=workers, persistent_workers=workers > 0)
+    loader = worker_loader(pictures, bs, workers)
     def epoch():
         for first,second in loader: step(torch.cat([first, second]), None)
     return epoch
