@@ -2,9 +2,9 @@
 # A function is a section of the notebook. They run in order: a name that another section uses too is global.
 import base64, html, io, json
 from importlib.util import find_spec
-from string import Template
 import numpy as np, pandas as pd
 from PIL import Image
+from marsclr.engine.atlas_look import page_html, page_program, page_style
 from marsclr.engine.packing import Pack
 from marsclr.engine.thumbnails import cluster_colours, shrink
 import re, tempfile

@@ -8,10 +8,10 @@ __all__ = ['most_on_page', 'jpeg', 'thumbnails', 'readable', 'parquet_table', 'p
 # %% ../../nbs/engine/atlas_page.ipynb #atla0003
 import base64, html, io, json
 from importlib.util import find_spec
-from string import Template
 
 import numpy as np, pandas as pd
 from PIL import Image
+from .atlas_look import page_html, page_program, page_style
 from .packing import Pack
 from .thumbnails import cluster_colours, shrink
 
@@ -70,194 +70,6 @@ def page_data(
     data = dict(columns, path=names, label=label, image=files, far=far, colours=colours, **near)
     return json.dumps(data).replace('<', r'\u003c')
 
-# %% ../../nbs/engine/atlas_page.ipynb #atla001b
-_style = '''
-body {margin: 0; font: 14px sans-serif; display: flex; flex-wrap: wrap; color: #222}
-#map {flex: 1 1 480px; height: 100vh; min-width: 0; cursor: crosshair; touch-action: none}
-#side {flex: 0 1 320px; padding: 12px; box-sizing: border-box; overflow-wrap: anywhere}
-h1 {font-size: 18px; margin: 0 0 8px}
-details {margin-top: 12px}
-summary {cursor: pointer}
-.near {display: flex; flex-wrap: wrap; gap: 4px}
-button {border: 0; padding: 0; background: none; cursor: pointer; font: 11px sans-serif}
-img {display: block; width: 68px}
-#chosen > div:first-child img {width: 192px}
-@media (max-width: 800px) {#map {height: 60vh} #side {flex: 1 1 100%}}
-#tip {position: fixed; pointer-events: none; background: white; padding: 3px; max-width: 260px;
-      border: 1px solid #888; font-size: 11px; overflow-wrap: anywhere}
-[hidden] {display: none !important}
-'''
-
-_page = Template('''<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>$title</title><style>$style</style></head><body>
-<canvas id="map"></canvas>
-<div id="side"><h1>$title</h1><p>$told</p>
-<p>Move over a point to see its image. Click on it to see its neighbours.
-Turn the wheel to zoom, drag to move.</p>
-<div id="chosen"></div>
-<details id="far" hidden><summary></summary><div class="near"></div></details>
-$unread</div>
-<div id="tip" hidden></div>
-<script type="application/json" id="atlas">$data</script>
-<script>$script</script></body></html>
-''')
-
-# %% ../../nbs/engine/atlas_page.ipynb #atla001e
-_draw = """
-const atlas = JSON.parse(document.getElementById('atlas').textContent)
-const find = id => document.getElementById(id)
-const canvas = find('map'), pen = canvas.getContext('2d')
-const pictures = [], far = new Set(atlas.far)
-let view, chosen = -1
-
-function fit() {
-  const widen = ([a, b], v) => [Math.min(a, v), Math.max(b, v)]
-  const ends = values => values.reduce(widen, [Infinity, -Infinity])
-  const [left, right] = ends(atlas.x), [low, high] = ends(atlas.y)
-  const wide = right-left || 1, tall = high-low || 1
-  const scale = Math.min(canvas.clientWidth/wide, canvas.clientHeight/tall)
-  view = {x: (left+right)/2, y: (low+high)/2, scale: .92*scale}
-}
-function place(i) {
-  return [canvas.clientWidth/2 + (atlas.x[i]-view.x)*view.scale,
-          canvas.clientHeight/2 - (atlas.y[i]-view.y)*view.scale]
-}
-function inSight(i) {
-  const [x, y] = place(i)
-  return x > -30 && y > -30 && x < canvas.clientWidth+30 && y < canvas.clientHeight+30
-}
-function colour(i) { return `rgb(${atlas.colours[atlas.cluster[i]]})` }
-function source(i) { return 'data:image/jpeg;base64,' + atlas.image[i] }
-function picture(i) {
-  if (pictures[i]) return pictures[i]
-  pictures[i] = new Image()
-  pictures[i].onload = draw
-  pictures[i].src = source(i)
-  return pictures[i]
-}
-function drawOne(i, half, thumbnail) {
-  const [x, y] = place(i)
-  pen.fillStyle = 'black'
-  if (far.has(i)) pen.fillRect(x-half-2, y-half-2, 2*half+4, 2*half+4)
-  pen.fillStyle = colour(i)
-  pen.fillRect(x-half, y-half, 2*half, 2*half)
-  if (thumbnail) pen.drawImage(picture(i), x-half+2, y-half+2, 2*half-4, 2*half-4)
-}
-function draw() {
-  const ratio = window.devicePixelRatio || 1
-  canvas.width = canvas.clientWidth*ratio
-  canvas.height = canvas.clientHeight*ratio
-  pen.scale(ratio, ratio)
-  const seen = [...atlas.path.keys()].filter(inSight)
-  for (const i of seen) drawOne(i, seen.length < 300 ? 18 : 2.5, seen.length < 300)
-  if (chosen < 0) return
-  for (const i of atlas.near[chosen]) drawOne(i, 18, true)
-  drawOne(chosen, 26, true)
-}
-"""
-
-# %% ../../nbs/engine/atlas_page.ipynb #atla0020
-_answer = """
-function under(event) {
-  let best = -1, least = 400
-  for (const i of atlas.path.keys()) {
-    const [x, y] = place(i)
-    const far = (x-event.offsetX)**2 + (y-event.offsetY)**2
-    if (far < least) [best, least] = [i, far]
-  }
-  return best
-}
-function shown(i, tag) {
-  const box = document.createElement(tag), image = document.createElement('img')
-  image.src = source(i)
-  image.alt = atlas.path[i]
-  box.append(image)
-  box.title = atlas.path[i]
-  return box
-}
-function facts(i) {
-  const label = atlas.label[i] && `, ${atlas.label[i]}`
-  const outlier = far.has(i) ? ', far from all others' : ''
-  return `${atlas.path[i]}, cluster ${atlas.cluster[i]}` + label + outlier
-}
-function link(i) {
-  const button = shown(i, 'button')
-  button.onclick = () => { location.hash = i }
-  return button
-}
-function listFar() {
-  const box = find('far'), n = atlas.far.length
-  box.hidden = !n
-  box.firstChild.textContent = `${n} far from all others (black frame)`
-  box.lastChild.append(...atlas.far.slice(0, 60).map(link))
-}
-function choose(i) {
-  chosen = i
-  const near = document.createElement('div')
-  near.className = 'near'
-  atlas.near[i].forEach((j, rank) => {
-    const button = link(j)
-    button.append(atlas.similarity[i][rank].toFixed(3))
-    near.append(button)
-  })
-  const words = text => Object.assign(document.createElement('p'), {textContent: text})
-  find('chosen').replaceChildren(shown(i, 'div'), words(facts(i)),
-                                 words('Nearest, with cosine similarity:'), near)
-  draw()
-}
-function hover(event) {
-  const i = under(event), tip = find('tip')
-  tip.hidden = i < 0
-  if (i < 0) return
-  tip.replaceChildren(shown(i, 'div'), facts(i))
-  tip.style.left = Math.min(event.clientX+14, window.innerWidth-280) + 'px'
-  tip.style.top = Math.min(event.clientY+14, window.innerHeight-120) + 'px'
-}
-"""
-
-# %% ../../nbs/engine/atlas_page.ipynb #atla0021
-_start = """
-let held = null, moved = false
-canvas.onpointerdown = event => { held = event; moved = false }
-window.onpointerup = () => { held = null }
-canvas.onpointermove = event => {
-  if (!held) return hover(event)
-  const [right, down] = [event.clientX-held.clientX, event.clientY-held.clientY]
-  if (!moved && Math.hypot(right, down) < 4) return
-  moved = true
-  held = event
-  view.x -= right/view.scale
-  view.y += down/view.scale
-  draw()
-}
-canvas.onpointerleave = () => { find('tip').hidden = true }
-canvas.onclick = event => {
-  const i = under(event)
-  if (i >= 0 && !moved) location.hash = i
-}
-canvas.onwheel = event => {
-  event.preventDefault()
-  const factor = Math.exp(-event.deltaY/500)
-  const right = (event.offsetX-canvas.clientWidth/2)/view.scale
-  const up = (canvas.clientHeight/2-event.offsetY)/view.scale
-  view.x += right*(1-1/factor)
-  view.y += up*(1-1/factor)
-  view.scale *= factor
-  draw()
-}
-window.onresize = draw
-window.onhashchange = () => {
-  const i = Number(location.hash.slice(1))
-  if (location.hash && i in atlas.path) choose(i)
-}
-fit()
-draw()
-listFar()
-window.onhashchange()
-"""
-
 # %% ../../nbs/engine/atlas_page.ipynb #atla0023
 def page(
     title:str,
@@ -266,10 +78,9 @@ def page(
     unread=(),    # pairs of a path and a reason
 ) -> str: # HTML
     "The page: one file that needs no server and no network"
-    script = _draw + _answer + _start
     title,told = html.escape(title), html.escape(told)
-    parts = dict(style=_style, data=data, script=script, unread=_unread_list(unread))
-    return _page.substitute(title=title, told=told, **parts)
+    parts = dict(style=page_style, script=page_program, data=data, unread=_unread_list(unread))
+    return page_html.substitute(title=title, told=told, **parts)
 
 def _unread_list(unread, most=1000):
     "The files that could not be read, as HTML"
