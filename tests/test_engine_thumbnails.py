@@ -3,7 +3,7 @@
 from pathlib import Path
 import numpy as np, pandas as pd, torch.nn.functional as F
 from matplotlib import pyplot as plt
-from matplotlib.colors import hsv_to_rgb
+from matplotlib.colors import to_rgb
 from scipy.spatial.distance import cdist
 from marsclr.engine.files import atomic_write
 from marsclr.engine.packing import Pack
@@ -60,6 +60,9 @@ def test_frames_in_colours():
     global fig
     colours = cluster_colours(25)
     test_eq(len(np.unique(colours, axis=0)), 25)
+    test_eq(cluster_colours(27)[25:], colours[:2])
+    ground = np.ptp(yard[:].numpy(), axis=-1) # 0 for a grey pixel
+    assert np.percentile(ground, 95) < np.ptp(colours, axis=1).min()
     fig,ax = plt.subplots(figsize=(5, .4), dpi=70)
     ax.imshow(colours[None])
     ax.set(xticks=range(0, 25, 4), yticks=[]);

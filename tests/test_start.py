@@ -47,6 +47,21 @@ def test_what_you_get():
              'config.json diagnosis.txt diagnosis.json')
     test_eq(made - {'.lock'}, set(files.split()))
 
+    fig8 = pd.read_csv('results/laptop-msl/fig8.csv')
+    fig3 = pd.read_csv('results/laptop-msl/fig3.csv')
+    run = fig3[(fig3.method == fig8.method[0]) & (fig3.config == fig8.config[0])].iloc[0]
+    shown = fig8[fig8.domain == 'curiosity']
+    Markdown(f'''*`map.jpg`, of {len(shown):,} images of the Curiosity rover. The encoder is a ResNet-18
+from random weights, trained without labels for {run.epochs} epochs on {run['pool']:,} images, some
+minutes on two CPU cores ([how it was made](study/figure8.ipynb)).* Each image lies where its
+features put it, in a frame of the colour of its [cluster](06_clustering.ipynb). Below are the most
+central images of each cluster. This is what a good map looks like: one kind of thing in one place,
+here wheels (0, 5), drill holes (17, 21, 22), the sky (4) and bare ground (2, 3, 7, 8, 9). The
+directions of the plane have no meaning
+([what a map does not say](11_atlas.ipynb#what-a-map-does-not-say)).
+
+The other picture is of the small archive above:''')
+
     fig,ax = plt.subplots(figsize=(6, 4), layout='constrained')
     ax.imshow(Image.open(tmp/'all'/'neighbours.png'))
     ax.set_axis_off();
@@ -150,6 +165,7 @@ def test_decode_once():
 def test_what_is_found():
     rate = start_diagnosis(tmp/'out', 32)
     print(say_found(rate, 32, Path('out')))
+
     test_eq(start_diagnosis(tmp/'out', 32), rate)
     assert 'false among the negatives' in (tmp/'out'/'diagnosis.txt').read_text()
     assert (tmp/'out'/'pairs.png').stat().st_size > 1000
