@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['two_views', 'train_step', 'batches', 'train_plainly', 'TwoViews', 'adam', 'contrastive_learner', 'learner_from',
-           'pretrain']
+           'train_by', 'pretrain']
 
 # %% ../nbs/04_training.ipynb #b6374d10
 from functools import partial
@@ -182,6 +182,28 @@ def learner_from(
         schedule=c['schedule'], warmup=c['warmup'], layer_decay=c['layer_decay'],
         seed=c['seed'], bf16=c['precision'] == 'bf16', device=device, cbs=[*cbs, *ours])
 
+# %% ../nbs/04_training.ipynb #048354ae
+def train_by(
+    settings:dict,    # those of `pretrain` that determine the weights
+    pack:Pack,        # what to learn from
+    groups,           # its `Clusters`, or nothing
+    run:Path,         # run folder to make, or to take up where it stopped
+    save_every:int=0, # steps between checkpoints within an epoch; 0: only at its end
+    knn:str='',       # labeled pack for a k-NN accuracy after each epoch
+    device:str='',    # as `pick_device` takes it
+):
+    "Check settings, and train by them in a run folder"
+    loss = settings['loss']
+    check_settings(settings | dict(save_every=save_every), losses)
+    check_trainable(settings)
+    check_refresh(settings['refresh'], settings['epochs'], groups)
+    config = make_config(settings, pack, groups, losses[loss]().positives, device)
+    labeled = load_pack(knn) if knn else None
+    with process_group(pick_device(device)):
+        folder = RunFolder(run, save_every)
+        learn = learner_from(config, pack, groups, settings['init'], labeled, device, [folder])
+        train_in_folder(learn, run, config)
+
 # %% ../nbs/04_training.ipynb #dc37c87c
 def pretrain(
     pack:str, # pack folder (from Python, also a `Pack`); several, separated by commas, are mixed
@@ -227,13 +249,5 @@ def pretrain(
         layer_decay=layer_decay, frozen_norm=frozen_norm, crop_min=crop_min, crop_max=crop_max,
         colour_strength=colour_strength, upside_down=upside_down, quarter_turns=quarter_turns,
         blur=blur, precision=precision, seed=seed)
-    check_settings(settings | dict(save_every=save_every), losses)
-    check_trainable(settings)
-    check_refresh(refresh, epochs, groups)
-    config = make_config(settings, data, groups, losses[loss]().positives, device)
-    labeled = load_pack(knn) if knn else None
-    with process_group(pick_device(device)):
-        folder = RunFolder(run, save_every)
-        learn = learner_from(config, data, groups, init, labeled, device, [folder])
-        train_in_folder(learn, Path(run), config)
+    train_by(settings, data, groups, Path(run), save_every, knn, device)
     return Path(run)

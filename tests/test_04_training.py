@@ -110,6 +110,7 @@ def test_two_views_as_a_callback():
 
 
 def test_the_learner():
+    global fit
     parameter = torch.nn.Parameter(torch.ones(1))
     test_eq(type(adam([parameter]).opt), torch.optim.Adam)
     test_eq(type(adam([parameter], decoupled=True).opt), torch.optim.AdamW)
@@ -145,6 +146,19 @@ def test_one_function_for_all_of_it():
     log = pd.read_csv(run/'log.csv')
     test_eq(len(log.knn.dropna()), 2)
     log[['epoch', 'loss', 'chance', 'lr', 'seconds', 'images_per_s']]
+
+    config = read_json(run/'config.json')
+    by_hand = fit(learner_from(config, pack, device='cpu'), config['epochs'])
+    of_run = load_encoder(run).state_dict()
+    for name,weight in by_hand.model.encoder.state_dict().items(): test_eq(weight, of_run[name])
+
+    small = dict(backbone='resnet10t', image_size=32)
+    refused = {'needs clusters': dict(loss='cluster_aware'), 'is not known': dict(loss='cosine'),
+               'nowhere is not a pack': dict(knn='nowhere')}
+    for message,wrong in refused.items():
+        with expect_fail(MarsclrError, message):
+            pretrain(f'{tmp}/pack', f'{tmp}/refused', **small, **wrong)
+    assert not (tmp/'refused').exists()
 
     plain = timm.create_model('resnet10t', num_classes=0, checkpoint_path=run/'encoder.safetensors')
     test_eq(plain.state_dict()['conv1.0.weight'], load_encoder(run).state_dict()['conv1.0.weight'])

@@ -21,8 +21,16 @@ def test_covariances_of_maps():
 
 def test_the_stages_as_one_encoder():
     encoder = create_encoder('resnet18').eval()
-    images = torch.randn(4, 3, 64, 64)
     test_eq(stage_channels(encoder), dict(act1=64, layer1=64, layer2=128, layer3=256, layer4=512))
+    with expect_fail(MarsclrError, "stage 'layer9' is not known: choose from act1 layer1"):
+        stage_channels(encoder, ['layer9'])
+    with expect_fail(MarsclrError, 'Sequential cannot be taken apart'): stage_channels(nn.Sequential())
+
+    for d in random_directions([64, 10], 48): test_close(d.T @ d, torch.eye(d.shape[1]), eps=1e-5)
+    test_eq([d.shape for d in random_directions([64, 10], 48)], [(64, 48), (10, 10)])
+    test_eq(random_directions([64], 48)[0], random_directions([64, 10], 48)[0])
+
+    images = torch.randn(4, 3, 64, 64)
     plain = Stages(encoder, directions=0)
     stages = Stages(encoder)
     n_means = 64+128+256+512
@@ -33,12 +41,12 @@ def test_the_stages_as_one_encoder():
         test_eq(stages(images).shape, (4, stages.num_features))
         test_eq(Stages(encoder, ['layer3'], spread=False, directions=0)(images).shape, (4, 256))
 
-    with expect_fail(MarsclrError, "stage 'layer9' is not known: choose from act1 layer1"):
-        Stages(encoder, ['layer9'])
-    with expect_fail(MarsclrError, 'Sequential cannot be taken apart'): Stages(nn.Sequential())
     with expect_fail(MarsclrError, 'CrossVit cannot be taken apart into stages'):
         Stages(create_encoder('crossvit_9_240'))
-    for d in random_directions([64, 10], 48): test_close(d.T @ d, torch.eye(d.shape[1]), eps=1e-5)
+    stages.num_features += 1
+    with expect_fail(MarsclrError, 'its maps are not as told'): check_apart(stages)
+    stages.num_features -= 1
+    check_apart(stages)
 
     test_eq(why_no_stages(encoder, 64), '')
     assert 'CrossVit cannot' in why_no_stages(create_encoder('crossvit_9_240'), 240)

@@ -82,6 +82,7 @@ def save_run(
                            f'{path} is as the last checkpoint left it')
     write_checkpoint(state, path)
 
+# %% ../../nbs/engine/runs.ipynb #a21c9289
 def load_run(
     learn:Learner,
     path:Path, # a checkpoint
