@@ -22,6 +22,7 @@ from marsclr.engine.encoders import encode, save_encoder
 from marsclr.engine.packing import pack_archive
 from marsclr.engine.reading import Reading
 from marsclr.engine.embed import *
+from marsclr.engine.embed import _open_features, _write_portion
 
 
 def test_which_encoder():
@@ -50,18 +51,20 @@ def test_one_row_an_image():
     yard = image_folder(tmp/'yard')
     with redirect_stdout(io.StringIO()): pack = pack_archive(yard, tmp/'pack', size=32)
     tiled = pack_archive(yard, tmp/'tiled', size=64, reading=Reading(tiles=True))
-    numbers = image_numbers(tiled)
     test_eq(len(tiled), 4*40)
-    test_eq(numbers, np.arange(40).repeat(4))
+    test_eq(image_numbers(tiled), np.arange(40).repeat(4))
     test_eq(image_numbers(pack), np.arange(40))
+
+    test_eq(mean_over_tiles(np.array([[1.], [3], [7]]), np.array([0, 0, 1])), [[2.], [7.]])
     test_eq(image_table(tiled).path.tolist(), pack.table.path.tolist())
+    assert {'x', 'y'} <= set(tiled.table) and not {'x', 'y'} & set(image_table(tiled))
     test_eq(len(by_image(np.zeros((160, 2)), tiled)[0]), 40)
+
     middle = middle_tiles(tiled)
     test_eq(middle.table.path.tolist(), pack.table.path.tolist())
     test_eq(set(zip(middle.table.x, middle.table.y)), {(0, 32)})
     test_eq(middle[7], tiled[7*4+2])
     test_eq(middle_tiles(pack).fingerprint, pack.fingerprint)
-    test_eq(mean_over_tiles(np.array([[1.], [3], [7]]), np.array([0, 0, 1])), [[2.], [7.]])
 
 
 def test_into_a_file_some_images_at_a_time():
@@ -69,6 +72,21 @@ def test_into_a_file_some_images_at_a_time():
     test_eq(portions_of(np.arange(5), 2), [(0, 2), (2, 4), (4, 5)])
     test_eq(portions_of(np.array([0, 0, 0, 1, 2, 2]), 2), [(0, 3), (3, 4), (4, 6)])
     test_eq(portions_of(np.array([0, 0, 1, 1]), 100), [(0, 4)])
+
+    folder = tmp/'half'
+    folder.mkdir()
+    out,done = _open_features(folder, (3, 2), dict(run='mine'))
+    test_eq((out.shape, out.dtype, done), ((3, 2), np.float32, 0))
+    write_json(folder/'progress.json', dict(asked=dict(run='mine'), done=7))
+    test_eq(_open_features(folder, (3, 2), dict(run='mine'))[1], 7)
+    out,done = _open_features(folder, (3, 2), dict(run='yours'))
+    test_eq(done, 0) # what was asked for is something else
+
+    images = np.array([1, 1, 2])
+    _write_portion(folder, out, images, np.array([[1., 2], [3, 4], [5, 6]]))
+    test_eq(np.load(folder/'features.npy'), [[0, 0], [2, 3], [5, 6]])
+    with expect_fail(MarsclrError, 'NaN or infinity'):
+        _write_portion(folder, out, images, np.array([[1., 2], [np.nan, 4], [5, 6]]))
 
     encoder = named_encoder('random', 'test_resnet')
     asked = dict(run='random')

@@ -98,6 +98,11 @@ def test_a_class_for_every_image():
     test_close(overdone([.7, .9]), [.5, .7], eps=.05)
     assert .9 < calibrate(np.full(20, .99), np.ones(20, bool))([.99])[0] < 1
 
+    ten = np.arange(10)
+    check_labeled(yard, ten % 2, ten)
+    with expect_fail(MarsclrError, 'labels of 1 classes'): check_labeled(yard, ten*0, ten)
+    with expect_fail(MarsclrError, 'labels in 5 bursts'): check_labeled(yard, ten % 2, ten//2)
+
     labeled = with_labels_of(drawn)
     table,tested = propagate_labels(features, labeled)
     test_eq(table.label[drawn].tolist(), [yard.classes[i] for i in truth[drawn]])

@@ -10,6 +10,7 @@ from marsclr.datasets import columns, join_classes, make_table
 import shutil, tempfile
 from fastcore.test import *
 from marsclr.engine.packs import *
+from marsclr.engine.packs import _every_image
 
 
 def test_the_pack():
@@ -22,6 +23,9 @@ def test_the_pack():
     test_ne(fingerprint(files, 64), fingerprint(files.assign(x=0, y=0), 64))
     test_ne(fingerprint(files, 64), fingerprint(files, 64, 'range 0 4000'))
     test_eq(fingerprint(files, 64), 'ede5b5c6495d97fa')
+
+    two = [np.zeros((2, 8, 8, 3), np.uint8), np.zeros((1, 8, 8, 3), np.uint8)]
+    test_eq(_every_image(two).tolist(), [[0, 0], [0, 1], [1, 0]])
 
     dark = np.zeros((2, 8, 8, 3), np.uint8)
     light = np.full((3, 8, 8, 3), 255, np.uint8)

@@ -22,6 +22,7 @@ from marsclr.datasets import msl
 from marsclr.engine.encoders import create_encoder, encode
 from marsclr.engine.packing import pack_archive
 from marsclr.study.atlas_on_msl import *
+from marsclr.study.atlas_on_msl import _to_original
 
 needs_real_images = pytest.mark.skipif(not os.environ.get('MARSCLR_DATA'), reason='needs real images: set MARSCLR_DATA')
 
@@ -32,18 +33,25 @@ def test_accuracy_against_the_number_of_labels():
     yard = pack_archive(msl(write_marsyard(tmp/'yard', n=600, size=48, seed=1)), tmp/'yard.pack', 48)
     torch.manual_seed(42)
     features = encode(create_encoder('resnet10t'), yard, device='cpu').numpy()
-    on_yard = label_curve(features, yard, (10, 30, 60), 3)
-    test_eq(len(on_yard), 18)
     train_rows = np.flatnonzero(yard.table.split == 'train')
     pool = yard.where(train_rows)
-    drawn = next_rows(features[train_rows], pool, np.arange(5), 20, 'random', 0)
-    test_eq(len(set(drawn) - set(range(5))), 20)
-    test_eq((labeled_part(pool, drawn).table.label >= 0).sum(), 20)
-    suggested = next_rows(features[train_rows], pool, np.arange(5), 20, 'suggested', 0)
-    test_eq(len(set(suggested) - set(range(5))), 20)
-    steps = list(rounds(features[train_rows], pool, (10, 30), 'random', 1))
-    test_eq([len(known) for known in steps], [10, 30])
-    test_eq(steps[1][:10], steps[0]) # labels stay
+    of_pool = features[train_rows]
+    few = labeled_part(pool, [3, 5])
+    test_eq(np.flatnonzero(few.table.label >= 0), [3, 5])
+    test_eq(few.table.label[5], pool.table.label[5])
+
+    for way in ('random', 'suggested'):
+        new = next_rows(of_pool, pool, np.arange(5), 20, way, 0)
+        test_eq((len(new), len(set(new) - set(range(5)))), (20, 20))
+    test_eq(next_rows(of_pool, pool, np.arange(5), 3, 'random', 0),
+            next_rows(of_pool, pool, np.arange(5), 20, 'random', 0)[:3])
+
+    ten,thirty = rounds(of_pool, pool, (10, 30), 'random', 1)
+    test_eq((len(ten), len(thirty)), (10, 30))
+    test_eq(thirty[:10], ten)
+
+    on_yard = label_curve(features, yard, (10, 30, 60), 3)
+    test_eq(len(on_yard), 18)
     on_yard.groupby(['labels', 'way']).accuracy.mean().unstack().round(1)
 
     rows = [dict(way=way, draw=draw, labels=10, accuracy=value) for way,values in
@@ -70,6 +78,12 @@ def test_copies_that_are_found():
     table = pd.concat([yard.table, yard.table[:50].assign(path=names)], ignore_index=True)
     both = Pack([yard[np.arange(600)].numpy(), flipped], table.drop(columns='sha256'), yard.classes)
     test_eq(originals(both.table)[600:], originals(both.table)[:50])
+
+    none = pd.DataFrame(dict(a=[], b=[], similarity=[]), dtype=float)
+    test_eq(_to_original(both, originals(both.table), none), np.zeros(50))
+    one = pd.DataFrame(dict(a=[7], b=[607], similarity=[.93]))
+    test_eq(_to_original(both, originals(both.table), one)[[6, 7]], [0, .93])
+
     found = copies_found(both, (.9,))
     test_eq(found.recall.item(), 1)
     assert found.or_burst.item() >= found.precision.item()

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['pack_features', 'burst_middles', 'typical_images', 'least_sure', 'suggest_labels', 'cross_predict', 'calibrate',
-           'propagate_labels', 'check_labeled', 'describe_quality', 'export_folders', 'folder_name', 'marsclr_label']
+           'check_labeled', 'propagate_labels', 'describe_quality', 'export_folders', 'folder_name', 'marsclr_label']
 
 # %% ../../nbs/engine/labeling.ipynb #0687a89a
 import re, shutil
@@ -133,6 +133,16 @@ def calibrate(
     model = LogisticRegression(C=1e4).fit(x, y, np.concatenate([target, 1-target]))
     return lambda p: model.predict_proba(as_input(np.asarray(p)))[:,1]
 
+# %% ../../nbs/engine/labeling.ipynb #3bb7cf03
+def check_labeled(pack, labels, bursts):
+    "Refuse what a probe cannot be cross-validated on"
+    if len(np.unique(labels)) < 2:
+        raise MarsclrError(f'{pack.name} has labels of {len(np.unique(labels))} classes: '
+                           'give it some of two or more with marsclr_label apply')
+    if len(np.unique(bursts)) < 10:
+        raise MarsclrError(f'{pack.name} has labels in {len(np.unique(bursts))} bursts: '
+                           'cross-validation needs 10')
+
 # %% ../../nbs/engine/labeling.ipynb #7ed5ced5
 def propagate_labels(
     features,  # (N, D) of a pack
@@ -157,15 +167,6 @@ def propagate_labels(
                               likeliest=names[likeliest], by=np.where(known, 'hand', 'probe')))
     tested = pd.DataFrame(dict(burst=bursts, right=right, confidence=confidence(p)))
     return table, tested
-
-def check_labeled(pack, labels, bursts):
-    "Refuse what a probe cannot be cross-validated on"
-    if len(np.unique(labels)) < 2:
-        raise MarsclrError(f'{pack.name} has labels of {len(np.unique(labels))} classes: '
-                           'give it some of two or more with marsclr_label apply')
-    if len(np.unique(bursts)) < 10:
-        raise MarsclrError(f'{pack.name} has labels in {len(np.unique(bursts))} bursts: '
-                           'cross-validation needs 10')
 
 # %% ../../nbs/engine/labeling.ipynb #cb7bb763
 def describe_quality(

@@ -67,6 +67,7 @@ def _every_image(arrays):
     parts = [np.stack([np.full(len(a), i), np.arange(len(a))], 1) for i,a in enumerate(arrays)]
     return np.concatenate(parts)
 
+# %% ../../nbs/engine/packs.ipynb #71a17728
 class Pack:
     "Decoded images, memory-mapped, with their table"
     def __init__(self,
@@ -156,6 +157,7 @@ def open_folder(
     how_read = meta.get('how_read', '')
     return Pack([images], table, meta['classes'], meta['name'], how_read=how_read)
 
+# %% ../../nbs/engine/packs.ipynb #9fede2d3
 def load_pack(
     path, # a pack folder
 ) -> Pack:
@@ -199,6 +201,7 @@ def save_pack(
         write_meta(folder, dict(name=pack.name, size=pack.size, images=len(pack), quarantined=0,
                                 classes=pack.classes, **how, fingerprint=pack.fingerprint))
 
+# %% ../../nbs/engine/packs.ipynb #488947e6
 @patch
 def save(self:Pack,
     to, # the folder to make
