@@ -14,6 +14,7 @@ from marsclr.datasets import image_folder, msl
 from marsclr.engine.encoders import create_encoder, encode, load_encoder
 from marsclr.linear_evaluation import probe
 from marsclr.archives.marsyard import write_marsyard
+from marsclr.study.figures import colour_of
 from marsclr.study.settings import asked
 from marsclr.engine.packing import Pack, load_pack, pack_archive
 from marsclr.training import pretrain
@@ -121,7 +122,8 @@ def test_the_whole_curve():
     fig = curve_figure(whole)
     test_eq([ax.get_title() for ax in fig.axes][2], "the pool's own classes")
     ideal = gains(whole).query("method == 'eq. 2, view positives, true classes' and burst == 1")
-    of_ideal = [line for line in fig.axes[2].lines if line.get_color() == 'tab:red'][0]
+    purple = [line for line in fig.axes[2].lines if line.get_color() == colour_of(ideal.method.iloc[0])]
+    of_ideal = next(line for line in purple if line.get_linestyle() == '-')
     test_close(of_ideal.get_ydata(), ideal.sort_values('before').own)
 
     mean = gains(whole).groupby('method')[['own', 'same']].mean()

@@ -7,7 +7,7 @@ from marsclr.diagnosis import fit_line, left_out, left_out_rmse
 
 def test_opening():
     archives = pd.read_csv('../results/references.csv')
-    fig,ax = plt.subplots(figsize=(6.5, 3.6), dpi=75, layout='constrained')
+    fig,ax = plt.subplots(figsize=(7, 3.4), dpi=80, layout='constrained')
     for family,g in archives.groupby('family', sort=False):
         ax.plot(g.homogeneity, g.rate*100, 'o', ms=4, label=family)
     x = np.linspace(archives.homogeneity.min(), archives.homogeneity.max(), 50)
@@ -15,7 +15,7 @@ def test_opening():
     ax.plot(x, 100/(1+np.exp(-(slope*x+intercept))), color='black', lw=1)
     ax.set_xlabel('homogeneity (median similarity to the nearest of 600)')
     ax.set(yscale='log', ylabel='false-negative rate, %')
-    ax.legend(fontsize=7);
+    fig.legend(loc='outside right upper');
 
     error = np.log(archives.rate/(1-archives.rate)) - left_out(archives)
     print(f'slope {slope:.2f}, intercept {intercept:.2f}, '

@@ -22,6 +22,7 @@ from ..datasets import image_folder, msl
 from ..engine.encoders import create_encoder, encode, load_encoder
 from ..linear_evaluation import probe
 from ..archives.marsyard import write_marsyard
+from .figures import colour_of
 from .settings import asked
 from ..engine.packing import Pack, load_pack, pack_archive
 from ..training import pretrain
@@ -241,20 +242,19 @@ def gains(
     return spread.join(table.groupby(['classes', 'burst']).before.mean()*100).reset_index()
 
 # %% ../../nbs/study/homogeneity.ipynb #h0a00006
-_colours = dict(zip(('random weights', *methods),
-                    ('tab:grey', 'black', 'tab:blue', 'tab:orange', 'tab:red', 'tab:green')))
+_styles = {'eq. 2, view positives, found clusters': '--'} # of two methods of one colour
 
 def _draw_curve(ax, t, column, sd=None):
     "One column against the rate: lines without bursts, hollow marks with"
-    for method,colour in _colours.items():
+    for method in ('random weights', *methods):
         m = t[t.method == method].sort_values('before')
-        line = dict(ls='-', ms=4, label=method)
+        line = dict(ls=_styles.get(method, '-'), ms=4, label=method)
         hollow = dict(ls='', ms=5, mfc='white')
         for part,style in ((m[m.burst == 1], line), (m[m.burst > 1], hollow)):
             error = part[sd] if sd else None
-            ax.errorbar(part.before, part[column], yerr=error, marker='o', color=colour, lw=1,
-                        capsize=2, **style)
-    ax.set(xscale='log', xlabel='false among the negatives of eq. 1, %')
+            ax.errorbar(part.before, part[column], yerr=error, marker='o', lw=1, capsize=2,
+                        color=colour_of(method), **style)
+    ax.set_xscale('log')
     ax.set_xticks([1, 3, 10, 30, 50], [1, 3, 10, 30, 50])
     ax.minorticks_off()
 
@@ -263,7 +263,7 @@ def curve_figure(
     table:pd.DataFrame, # what `curve` made
 ):
     "Accuracy and gain over eq. 1 against the false-negative rate; hollow marks: with bursts"
-    fig,axs = plt.subplots(1, 3, figsize=(11.5, 3.2), dpi=75, layout='constrained')
+    fig,axs = plt.subplots(1, 3, figsize=(8.5, 3.6), dpi=80, layout='constrained')
     by_point = table.groupby(['classes', 'burst', 'method'])[['before', 'own', 'same']]
     gain = gains(table)
     gain = gain[gain.method != 'random weights']
@@ -273,7 +273,8 @@ def curve_figure(
         ax.axhline(0, color='black', lw=1)
         ax.set_ylabel('gain over eq. 1, points')
     axs[0].set_ylabel('accuracy, %')
+    axs[1].set_xlabel('false among the negatives of eq. 1, %')
     titles = 'the same 24 classes', 'the same 24 classes', "the pool's own classes"
-    for ax,title in zip(axs, titles): ax.set_title(title)
-    fig.legend(*axs[0].get_legend_handles_labels(), fontsize=7, loc='outside right upper')
+    for ax,title in zip(axs, titles): ax.set_title(title, size=10)
+    fig.legend(*axs[0].get_legend_handles_labels(), loc='outside lower center', ncols=2)
     return fig
