@@ -170,6 +170,14 @@ def _check_settings(s, images):
         if s[name] not in known:
             raise MarsclrError(f'{name} {s[name]!r} is not known: choose from {" ".join(known)}')
 
+# %% ../nbs/07_texture.ipynb #e5291e40
+def _trunk(backbone, init, image_size, seed):
+    "The network to begin with"
+    torch.manual_seed(seed)
+    trunk = create_encoder(backbone or ('resnet18' if init == 'random' else ''), init)
+    check_trunk(trunk, image_size)
+    return trunk
+
 # %% ../nbs/07_texture.ipynb #9a3778f1
 def _learner(net, pack, run, c, save_every, device):
     "A learner for a network by the settings of a run"
@@ -209,6 +217,15 @@ def _config(settings, trunk, init, pack, device):
                            pack=pack.name, images=len(pack), pack_fingerprint=pack.fingerprint,
                            marsclr=__version__)
 
+# %% ../nbs/07_texture.ipynb #445a17c6
+def _train_unless_done(trunk, pack, run, config, save_every, device):
+    "Train by a configuration, unless its run is finished"
+    if not open_run(run, config, 'clusters.npz', _before): return
+    told = f"texture clustering of {len(pack)} images into {config['k']} from {config['start']}"
+    if rank() == 0: print(told, flush=True)
+    net = TextureNet(trunk, variant=config['variant'])
+    _train(net, pack, run, config, save_every, device)
+
 # %% ../nbs/07_texture.ipynb #94cd2c5f
 def texture_clusters(
     pack:Pack,            # images to cluster
@@ -234,17 +251,12 @@ def texture_clusters(
                     crops=list(crops), lr=lr, optimizer=optimizer, backbone=backbone,
                     variant=variant, each=each, margin=margin, seed=seed)
     _check_settings(settings, len(pack))
-    torch.manual_seed(seed)
-    trunk = create_encoder(backbone or ('resnet18' if init == 'random' else ''), init)
-    check_trunk(trunk, image_size)
+    trunk = _trunk(backbone, init, image_size, seed)
     device = pick_device(device)
     config = _config(settings, trunk, init, pack, device)
     run = Path(run)
     with process_group(device):
-        if open_run(run, config, 'clusters.npz', _before):
-            told = f"texture clustering of {len(pack)} images into {k} from {config['start']}"
-            if rank() == 0: print(told, flush=True)
-            _train(TextureNet(trunk, variant=variant), pack, run, config, save_every, device)
+        _train_unless_done(trunk, pack, run, config, save_every, device)
         return on_first_rank(lambda: load_clusters(run/'clusters.npz', pack))
 
 # %% ../nbs/07_texture.ipynb #ecd7978a

@@ -33,7 +33,7 @@ from marsclr.datasets import msl
 from marsclr.archives.marsyard import write_marsyard
 from marsclr.engine.packing import pack_archive
 from marsclr.texture import *
-from marsclr.texture import _check_settings, _draw_violating, _outer
+from marsclr.texture import _check_settings, _config, _draw_violating, _outer, _trunk
 
 
 def test_counting_patterns():
@@ -147,6 +147,16 @@ def test_all_together():
     good = dict(k=12, each=4, optimizer='sgd', variant='dep')
     _check_settings(good, 300)
     with expect_fail(MarsclrError, 'give a number between 1 and 11'): _check_settings(good, 11)
+
+    trunk = _trunk('', 'random', 32, seed=42)
+    test_eq(trunk.default_cfg['architecture'], 'resnet18')
+    test_eq(trunk.conv1.weight, _trunk('resnet18', 'random', 32, seed=42).conv1.weight)
+    assert not torch.equal(trunk.conv1.weight, _trunk('', 'random', 32, seed=1).conv1.weight)
+
+    config = _config(good, trunk, 'random', pack, 'cpu')
+    test_eq((config['backbone'], config['start']), ('resnet18', 'random weights'))
+    test_eq((config['images'], config['pack_fingerprint']), (300, pack.fingerprint))
+    assert good.items() <= config.items()
 
     kw = dict(k=12, epochs=3, image_size=32, embed_size=32, backbone='resnet10t', device='cpu')
     with capture_output() as said: found = texture_clusters(pack, tmp/'run', **kw)

@@ -22,7 +22,7 @@ from PIL import Image
 from marsclr.datasets import image_folder
 from stand_in import rover_stand_in
 from marsclr.archives.raw_images import *
-from marsclr.archives.raw_images import _choose, _for_each
+from marsclr.archives.raw_images import _choose, _fetch_into, _for_each
 
 
 def test_several_requests_at_a_time():
@@ -96,6 +96,19 @@ def test_all_of_it_together():
     with expect_fail(MarsclrError, '1 sols cannot be listed, so nothing can be drawn yet'):
         _choose(little, [7, 8], {9: 'is gone'}, images=3, seed=42)
     test_eq(len(_choose(little, [7, 8], {}, images=3, seed=42)[0]), 3)
+
+    feed = feeds['perseverance']
+    asked = dict(rover='perseverance', sols=[7, 7], cameras=feed.cameras, size=feed.default_size,
+                 full_frames=True, images=0, seed=42)
+    (tmp/'all').mkdir()
+    (tmp/'draw').mkdir()
+    with rover_stand_in('perseverance', [7], each=3) as server:
+        os.environ['MARSCLR_MIRROR'] = server.url
+        table,bad,short = _fetch_into(tmp/'all', asked, [7], Fetcher(**quick), 1, False)
+        test_eq((len(table), bad, short), (3, {}, []))
+        drawn = _fetch_into(tmp/'draw', asked | dict(images=2), [7], Fetcher(**quick), 1, False)[0]
+    assert set(drawn.id) < set(table.id)
+    test_eq([(tmp/name/'.fetch').exists() for name in ('all', 'draw')], [False, True])
 
     difficult = dict(cap=10, late=12, total_off=2)
     server = rover_stand_in('perseverance', range(10, 14), each=20, size=64, feed=difficult, share=.1)

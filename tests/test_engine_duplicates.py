@@ -17,10 +17,11 @@ from marsclr.archives.marsyard import write_marsyard
 from marsclr.datasets import msl
 from marsclr.engine.packing import pack_archive, save_pack
 from marsclr.engine.duplicates import *
+from marsclr.engine.duplicates import _keep_table, _thin_bursts
 
 
 def test_exact():
-    global pack, tmp
+    global pack, tmp, yard
     tmp = Path(tempfile.mkdtemp())
     yard = pack_archive(msl(write_marsyard(tmp/'yard', n=120, size=64, seed=1)), tmp/'yard.pack', 64)
     images = yard[np.arange(120)].numpy()
@@ -64,6 +65,18 @@ def test_which_to_keep():
     chain = pd.DataFrame(dict(a=[0, 1], b=[1, 2], similarity=[.96, .97]))
     test_eq(drop_for(chain, [0, 1, 2]), {1: (0, .96)})
     test_eq(drop_for(chain, [1, 0, 2]), {0: (1, .96), 2: (1, .97)})
+
+    like,kind = np.arange(5),np.array(['', '', 'exact', '', ''], object)
+    _thin_bursts(np.array([7, 7, 7, 8, 9]), np.array([1, 0, 2, 3, 4]), like, kind)
+    test_eq(kind.tolist(), ['burst', '', 'exact', '', '']) # the first in order stays
+    test_eq(like[0], 1)
+
+    three = yard.where(np.arange(3))
+    kind = np.array(['', 'near', 'burst'], object)
+    hand = _keep_table(three, np.array([0, 0, 0]), kind, np.array([1, .97, 1]), np.array([4, 5, 4]))
+    test_eq(hand.keep.tolist(), ['yes', 'no', 'no'])
+    test_eq(hand.like.tolist(), ['', *[three.table.path[0]]*2])
+    test_eq(hand.similarity.fillna(0).tolist(), [0, .97, 0]) # bursts are not compared
 
     table,border = find_duplicates(pack)
     test_eq((table.kind == 'exact').sum(), 10)

@@ -13,6 +13,13 @@ from sklearn.preprocessing import StandardScaler
 from marsclr.engine.logistic import *
 
 
+def test_the_model():
+    heights = np.array([[1., 5.], [3., 5.]]) # the second feature is constant
+    test_eq(spread(heights), [1, 1])
+    test_eq(standardise(heights, heights.mean(0), spread(heights)), [[-1, 0], [1, 0]])
+    test_eq(standardise(heights, 0, 1).dtype, np.float32)
+
+
 def test_the_objective_and_its_gradient():
     global rng, weight, x
     rng = np.random.default_rng(0)

@@ -19,7 +19,7 @@ from PIL import Image
 from marsclr.datasets import image_folder
 from marsclr.engine.reading import Reading
 from marsclr.engine.pack_writer import *
-from marsclr.engine.pack_writer import _portions
+from marsclr.engine.pack_writer import _open_to_go_on, _portions
 
 
 def test_decoding_ahead():
@@ -72,6 +72,10 @@ def test_lines_of_the_tables():
 
 
 def test_files_that_grow():
+    for text in (b'first', b'F'):
+        with _open_to_go_on(tmp/'kept') as f: f.write(text)
+    test_eq((tmp/'kept').read_bytes(), b'First')
+
     archive = image_folder(tmp/'in')
     def write(folder, size=16, **kwargs):
         "Pack the archive; what was kept (images read, not read, squares), and the files"

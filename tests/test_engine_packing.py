@@ -16,6 +16,7 @@ from marsclr.engine.packs import concat_packs, fingerprint, load_pack, open_pack
 from marsclr.engine.packs import save_pack, split_paths
 import io, os, shutil, tempfile, time, zlib
 from contextlib import redirect_stdout
+from types import SimpleNamespace
 import matplotlib.pyplot as plt, numpy as np, pandas as pd
 from fastcore.test import *
 from PIL import Image, ImageOps
@@ -24,6 +25,7 @@ from marsclr.datasets import plain_pack
 from marsclr.engine.reading import decode
 from marsclr.engine.tiles import put_together
 from marsclr.engine.packing import *
+from marsclr.engine.packing import _pack_meta
 
 
 def test_a_folder_to_pack():
@@ -41,6 +43,13 @@ def test_a_folder_to_pack():
 
 def test_packing_an_archive():
     global pack
+    written = SimpleNamespace(squares=12, good=3, bad=1)
+    mars = SimpleNamespace(name='mars', classes=['rock'])
+    usual = dict(name='mars', size=64, images=12, quarantined=1, classes=['rock'])
+    test_eq(_pack_meta(mars, 64, Reading(), written, {}), usual)
+    tiles = Reading(tiles=True, overlap=8)
+    test_eq(_pack_meta(mars, 64, tiles, written, {}), usual | dict(tiled_images=3, overlap=8))
+
     (archive.root/archive.table.path[3]).write_bytes(b'not an image')
     pack = pack_archive(archive, tmp/'pack', size=64)
     quarantine = pd.read_csv(tmp/'pack/quarantine.csv')

@@ -192,6 +192,22 @@ def _sols_there(fetcher, feed, first, last):
         raise MarsclrError(f'sol {first} is still to come: the newest of {feed.rover} is {newest}')
     return there
 
+# %% ../../nbs/archives/raw_images.ipynb #013686f1
+def _fetch_into(to, asked, sols, fetcher, connections, progress):
+    "What was asked for, into a folder that is ours alone; gives what `fetch_rover` gives"
+    write_json(to/'fetch.json', asked)
+    lost = list_sols(fetcher, feeds[asked['rover']], to, sols, asked['cameras'], asked['size'],
+                     asked['full_frames'], connections, progress)
+    rows,odd,short = _choose(to, sols, lost, asked['images'], asked['seed'])
+    if progress:
+        seconds = timedelta(seconds=round(len(rows)/fetcher.rate))
+        print(f'{len(rows)} images; at {fetcher.rate:g} a second that is {seconds}')
+    bad = {f'sol {sol}': reason for sol,reason in lost.items()}
+    bad |= fetch_rows(fetcher, rows, to, connections, progress)
+    table = write_table(rows, bad | odd, to, progress)
+    if not bad and not asked['images']: shutil.rmtree(to/'.fetch')
+    return table, bad | odd, short
+
 # %% ../../nbs/archives/raw_images.ipynb #173c7d3e
 def fetch_rover(
     rover:str,      # perseverance or curiosity
@@ -217,17 +233,7 @@ def fetch_rover(
     check_begun(to, asked)
     these = _sols_there(fetcher, feed, *sols)
     with exclusive_folder(to):
-        write_json(to/'fetch.json', asked)
-        lost = list_sols(fetcher, feed, to, these, cameras, size, full, connections, progress)
-        rows,odd,short = _choose(to, these, lost, images, seed)
-        if progress:
-            seconds = timedelta(seconds=round(len(rows)/fetcher.rate))
-            print(f'{len(rows)} images; at {fetcher.rate:g} a second that is {seconds}')
-        bad = {f'sol {sol}': reason for sol,reason in lost.items()}
-        bad |= fetch_rows(fetcher, rows, to, connections, progress)
-        table = write_table(rows, bad | odd, to, progress)
-        if not bad and not images: shutil.rmtree(to/'.fetch')
-    return table, bad | odd, short
+        return _fetch_into(to, asked, these, fetcher, connections, progress)
 
 # %% ../../nbs/archives/raw_images.ipynb #23b6e586
 def _read_table(path, rover):

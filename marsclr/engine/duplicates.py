@@ -78,6 +78,27 @@ def drop_for(
         else: kept.add(row)
     return dropped
 
+# %% ../../nbs/engine/duplicates.ipynb #05138879
+def _thin_bursts(burst, order, like, kind):
+    "Of the images that are kept, drop all but the first of each burst"
+    kept = order[kind[order] == '']
+    first = pd.Series(kept, burst[kept]).groupby(level=0).first()
+    for row in kept:
+        if first[burst[row]] == row: continue
+        like[row] = first[burst[row]]
+        kind[row] = 'burst'
+
+# %% ../../nbs/engine/duplicates.ipynb #c9f96ac7
+def _keep_table(pack, like, kind, similarity, burst):
+    "For each image: is it kept, and if not, which kept one is it like?"
+    path = pack.table.path.to_numpy()
+    dropped = kind != ''
+    compared = np.isin(kind, ['exact', 'near'])
+    return pd.DataFrame(dict(
+        path=path, keep=np.where(dropped, 'no', 'yes'), kind=kind,
+        like=np.where(dropped, path[like], ''),
+        similarity=np.where(compared, similarity.round(4), np.nan), burst=burst))
+
 # %% ../../nbs/engine/duplicates.ipynb #7e02672b
 def find_duplicates(
     pack:Pack,
@@ -99,23 +120,7 @@ def find_duplicates(
         like[row],similarity[row],kind[row] = other, s, 'near'
     burst = capture_clusters(pack).ids
     if bursts: _thin_bursts(burst, order, like, kind)
-    path = pack.table.path.to_numpy()
-    dropped = kind != ''
-    table = pd.DataFrame(dict(
-        path=path, keep=np.where(dropped, 'no', 'yes'), kind=kind,
-        like=np.where(dropped, path[like], ''),
-        similarity=np.where(np.isin(kind, ['exact', 'near']), similarity.round(4), np.nan)))
-    return table.assign(burst=burst), pairs
-
-# %% ../../nbs/engine/duplicates.ipynb #7e0267s1
-def _thin_bursts(burst, order, like, kind):
-    "Of the images that are kept, drop all but the first of each burst"
-    kept = order[kind[order] == '']
-    first = pd.Series(kept, burst[kept]).groupby(level=0).first()
-    for row in kept:
-        if first[burst[row]] == row: continue
-        like[row] = first[burst[row]]
-        kind[row] = 'burst'
+    return _keep_table(pack, like, kind, similarity, burst), pairs
 
 # %% ../../nbs/engine/duplicates.ipynb #51509f8f
 def border_figure(

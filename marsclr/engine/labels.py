@@ -172,6 +172,7 @@ def settle_split(
     n = len(np.unique(image_groups(labeled, by)))
     return archive, f'no split is given; drawn by {by} ({n} groups, seed {seed}): {counts} images'
 
+# %% ../../nbs/engine/labels.ipynb #6acb928e
 def label_archive(
     archive:Archive,  # whose images have labels, or will have those of a file
     file='',          # a table of labels

@@ -86,6 +86,11 @@ def npy_side(f) -> int:
         return np.lib.format.read_array_header_1_0(f)[0][1]
     except (ValueError, IndexError): return 0
 
+# %% ../../nbs/engine/pack_writer.ipynb #8c580ed1
+def _open_to_go_on(path):
+    "A file for reading and writing, which keeps what it holds"
+    return os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), 'r+b')
+
 # %% ../../nbs/engine/pack_writer.ipynb #c5343361
 class PackWriter:
     "The files of an unfinished pack; what an earlier run wrote is kept as far as it fits"
@@ -116,10 +121,6 @@ class PackWriter:
         self.images.seek(0)
         self.images.write(npy_header(self.squares, self.size))
         for f in self.files: f.close()
-
-def _open_to_go_on(path):
-    "A file for reading and writing, which keeps what it holds"
-    return os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), 'r+b')
 
 # %% ../../nbs/engine/pack_writer.ipynb #938ca45d
 @patch

@@ -41,6 +41,15 @@ def _decode_into(folder, to, archive, size, reading, workers, progress):
     if lost: print(f'{to}: {lost}', flush=True)
     return writer
 
+# %% ../../nbs/engine/packing.ipynb #cd8a077c
+def _pack_meta(archive, size, reading, writer, found):
+    "What `pack.json` says, but for the fingerprint"
+    meta = dict(name=archive.name, size=size, images=writer.squares, quarantined=writer.bad,
+                classes=archive.classes) | found
+    if found: meta |= dict(how_read=how_values_are_read(found))
+    if reading.tiles: meta |= dict(tiled_images=writer.good, overlap=reading.overlap)
+    return meta
+
 # %% ../../nbs/engine/packing.ipynb #ee52dab7
 def pack_archive(
     archive:Archive, # what to pack
@@ -61,10 +70,7 @@ def pack_archive(
         warnings.filterwarnings('ignore', module='PIL')
         reading,found = settle_range(folder, to, archive, reading)
         writer = _decode_into(folder, to, archive, size, reading, workers, progress)
-        meta = dict(name=archive.name, size=size, images=writer.squares, quarantined=writer.bad,
-                    classes=archive.classes) | found
-        if found: meta |= dict(how_read=how_values_are_read(found))
-        if reading.tiles: meta |= dict(tiled_images=writer.good, overlap=reading.overlap)
+        meta = _pack_meta(archive, size, reading, writer, found)
         pack = open_folder(folder, meta)
         write_meta(folder, meta | dict(fingerprint=pack.fingerprint))
         (folder/'reading.json').unlink()

@@ -261,6 +261,7 @@ def draw(self:Views,
     u = uniform_at(ids, 37, addresses)[:,33:]
     return views.copy_(turn_and_blur(views, u, self.upside_down, self.quarter_turns, self.blur))
 
+# %% ../../nbs/engine/views.ipynb #53cecc72
 @patch
 def __call__(self:Views,
     images:torch.Tensor, # (B, S, S, 3) uint8
