@@ -190,11 +190,19 @@ def fold(cell):
     if name: cell.source = f'#| code-fold: true\n#| code-summary: {name}\n{cell.source}'
 
 
+def keep_together(cell):
+    "In tables, keep a number and its interval on one line."
+    for output in cell.get('outputs', []):
+        text = output.get('data', {}).get('text/html')
+        if text: output.data['text/html'] = ''.join(text).replace(' ± ', '&nbsp;±&nbsp;')
+
+
 class Processors(nbdev.processors.FilterDefaults):
-    "nbdev's steps, three of them our own."
+    "nbdev's steps, three of them our own, and one more."
     def base_procs(self):
         own = {'add_links': add_links, 'add_fold': fold, 'mv_exports': SourceBelow}
-        return [own.get(step.__name__, step) for step in super().base_procs()]
+        steps = [own.get(step.__name__, step) for step in super().base_procs()]
+        return [*steps, keep_together]
 
 
 def read_names(path:Path) -> tuple[str, set]:

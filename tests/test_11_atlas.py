@@ -34,11 +34,11 @@ def test_the_nearest_neighbours_of_an_image():
     tmp = Path(tempfile.mkdtemp())
     yard = pack_archive(msl(write_marsyard(tmp/'yard', n=300, size=48, seed=1)), tmp/'yard.pack', 48)
 
-    def show_images(images, across):
+    def show_images(images, across, inches=.36):
         "Images side by side, some in each row"
         side = images.shape[1]
         rows = images.reshape(-1, across, side, side, 3).permute(0, 2, 1, 3, 4)
-        fig,ax = plt.subplots(figsize=(.36*across, .36*len(rows)), dpi=70)
+        fig,ax = plt.subplots(figsize=(inches*across, inches*len(rows)), dpi=70)
         ax.imshow(rows.reshape(len(rows)*side, across*side, 3))
         ax.set_axis_off()
 
@@ -56,7 +56,7 @@ def test_the_nearest_neighbours_of_an_image():
     queries = [0, 60, 170, 250]
     found = nearest(features, features[queries], 7)[1]
     test_eq(found[:,0].tolist(), queries)
-    show_images(yard[found.flatten()], 7)
+    show_images(yard[found.flatten()], 7, inches=.8)
 
     near = neighbours(features, 6)[1]
     test_eq(near.shape, (300, 6))
@@ -174,6 +174,8 @@ def test_from_the_map_to_labels():
         ax.plot(mean[way].index, mean[way], marker='.', label=way)
         ax.fill_between(mean[way].index, part.min(), part.max(), alpha=.2)
     ax.set(xlabel='images labeled', ylabel='accuracy on test, %', xscale='log')
+    ax.set_xticks(mean['random'].index, mean['random'].index)
+    ax.minorticks_off()
     ax.legend();
 
     assert (mean['suggested'] > mean['random']).all()

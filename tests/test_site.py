@@ -210,6 +210,14 @@ def test_imports_and_long_checks_are_folded(cell, in_lesson, elsewhere):
         assert folded.source == start + cell.source
 
 
+def test_a_number_and_its_interval_stay_on_one_line():
+    table = new_output('display_data', {'text/html': '<td>1 ± 2</td>'})
+    cell = new_code_cell('x ± y', outputs=[table])
+    site_pages.keep_together(cell)
+    assert cell.outputs[0]['data']['text/html'] == '<td>1&nbsp;±&nbsp;2</td>'
+    assert cell.source == 'x ± y'
+
+
 # --- notebooks
 
 FIGURE = [new_output('display_data', {'image/png': 'x'})]
