@@ -15,8 +15,9 @@ from marsclr.engine.files import MarsclrError, atomic_write, digest, read_json, 
 from marsclr.engine.packing import Pack, concat_packs
 from marsclr.study.cluster_study import needs_eq1, needs_texture, source_features
 from marsclr.study.data_sets import data_sets
-from marsclr.study.recipes import Recipe, encoder_of, eq1, pretrain_settings, recipe_of
-from marsclr.study.recipes import settings_of
+from marsclr.study.imagenet import stages_and_last
+from marsclr.study.recipes import Recipe, but, encoder_of, eq1, frozen_in_full
+from marsclr.study.recipes import pretrain_settings, recipe_of, settings_of
 from marsclr.study.settings import GridSettings
 from marsclr.study.supervised import supervised
 from marsclr.texture import texture_clusters
@@ -143,6 +144,12 @@ def test_features():
     test_eq(path.name, f"random-weights-{packs['MarsYard'].fingerprint}-seed42.npy")
     path = lab.features_path(but(random_weights, layer='all'), 42, packs['MarsYard'], None)
     assert path.name.startswith('random-weights-all-')
+
+    few = packs['MarsYard'].where(range(4))
+    test_eq(layer_features(encoder, 'mirrored', few).shape, (4, 512))
+    assert (layer_features(encoder, 'mirrored', few) != layer_features(encoder, None, few)).any()
+    test_eq(layer_features(encoder, 'stages and last', few)[:, -512:],
+            layer_features(encoder, 'mirrored', few))
 
     with capture_output():
         x,run = lab.features(dcl, 42, yard)

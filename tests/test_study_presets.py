@@ -7,8 +7,9 @@ from marsclr.study.first import first_settings
 from marsclr.study.homogeneity import DialSettings
 from marsclr.study.peers import PeersSettings
 from marsclr.study.purity import PuritySettings
-from marsclr.study.recipes import aware, dcl, domains, eq1, groups, mixed, random_weights
-from marsclr.study.recipes import usual_k
+from marsclr.start import from_imagenet
+from marsclr.study.recipes import aware, dcl, domains, eq1, groups, groups_from_imagenet, mixed
+from marsclr.study.recipes import random_weights, usual_k
 from marsclr.study.references import ReferenceSettings
 from marsclr.study.settings import Cost, GridSettings
 from inspect import signature
@@ -50,9 +51,14 @@ def test_grids_of_cells():
     pd.DataFrame({name: vars(each.cost) for name,each in
                   dict(laptop=laptop_msl, gpu=gpu_msl, paper=paper_msl).items()})
 
+    for each in (imagenet_msl, imagenet_yard):
+        assert set(each.pretrain) <= set(signature(pretrain).parameters)
+        test_eq(each.pretrain['init'], 'imagenet')
+    {name: value for name,value in trained_on.items() if laptop.get(name) != value}
+
 
 def test_the_table():
     for by_data in presets.values(): assert set(by_data) <= {*families, 'solar_cells'}
-    test_eq([data for by_data in presets.values() for data in by_data].count('msl'), 7)
+    test_eq([data for by_data in presets.values() for data in by_data].count('msl'), 8)
     pd.DataFrame({preset: {data: type(settings).__name__ for data,settings in by_data.items()}
                   for preset,by_data in presets.items()}).fillna('').T

@@ -73,6 +73,10 @@ def test_the_figures():
     test_eq(_parts[2].name, 'DCL, epochs=36, backbone=resnet50, layer=covariances')
     test_eq(encoder_of(_parts[2]), _larger_dcl)
 
+    trained = {encoder_of(recipe).name for recipe in groups_from_imagenet['recommended']}
+    test_eq(trained, {'frozen ImageNet', 'DCL', 'cluster-aware, pixels + capture'})
+    list(recipe.name for recipe in groups_from_imagenet['recommended'])
+
     counted = pd.DataFrame({group: dict(methods=len(recipes), encoders=sum(map(len, recipes.values())))
                             for group,recipes in groups.items()}).T
     assert (counted.encoders >= counted.methods).all()

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['central_of', 'Lab', 'draw', 'train_images', 'with_more', 'mixture', 'run_name', 'commit', 'run_folder', 'sign_run',
-           'run_facts', 'probed_part']
+           'run_facts', 'probed_part', 'layer_features']
 
 # %% ../../nbs/study/methods.ipynb #4148abb4
 import subprocess, time
@@ -23,8 +23,9 @@ from ..engine.files import MarsclrError, atomic_write, digest, read_json, write_
 from ..engine.packing import Pack, concat_packs
 from .cluster_study import needs_eq1, needs_texture, source_features
 from .data_sets import data_sets
-from .recipes import Recipe, encoder_of, eq1, pretrain_settings, recipe_of
-from .recipes import settings_of
+from .imagenet import stages_and_last
+from .recipes import Recipe, but, encoder_of, eq1, frozen_in_full
+from .recipes import pretrain_settings, recipe_of, settings_of
 from .settings import GridSettings
 from .supervised import supervised
 from ..texture import texture_clusters
@@ -238,10 +239,10 @@ def clusters_of(self:Lab, recipe:Recipe, seed:int) -> Path:
 # %% ../../nbs/study/methods.ipynb #d6ae20c0
 def probed_part(
     encoder:torch.nn.Module,
-    layer, # of a recipe: 'covariances', 'all', a stage, or none
+    layer, # of a recipe: 'covariances', 'all', a stage, 'mirrored' or none
 ) -> torch.nn.Module:
     "The encoder, or the layers of it that are probed"
-    if layer is None: return encoder
+    if layer in (None, 'mirrored'): return encoder
     if layer == 'covariances': return Stages(encoder)
     if layer == 'all': return Stages(encoder, directions=0)
     return Stages(encoder, [layer], spread=False, directions=0)
@@ -253,12 +254,11 @@ def network(self:Lab,
     seed:int, # of random weights
     run,      # folder, if it was trained
 ) -> torch.nn.Module:
-    "What a recipe probes"
+    "The encoder of a recipe"
     torch.manual_seed(seed)
-    if run: encoder = load_encoder(run)
-    elif recipe.weights == 'imagenet': encoder = create_encoder(init='imagenet')
-    else: encoder = create_encoder(self.settings.pretrain['backbone'])
-    return probed_part(encoder, settings_of(recipe).get('layer'))
+    if run: return load_encoder(run)
+    if recipe.weights == 'imagenet': return create_encoder(init='imagenet')
+    return create_encoder(self.settings.pretrain['backbone'])
 
 # %% ../../nbs/study/methods.ipynb #lab00014
 @patch
@@ -266,9 +266,29 @@ def features_path(self:Lab, recipe:Recipe, seed:int, pack:Pack, run) -> Path:
     "The file of the features of a labeled pack"
     layer = settings_of(recipe).get('layer')
     parts = [layer] if layer else []
-    parts += [pack.fingerprint, f'seed{seed}']
+    parts.append(pack.fingerprint)
+    if recipe.weights != 'imagenet': parts.append(f'seed{seed}')
     if run: parts.append(digest(run/'encoder.safetensors')[:12])
     return self.to/'features'/f'{run_name(encoder_of(recipe).name, *parts)}.npy'
+
+# %% ../../nbs/study/methods.ipynb #0ae54311
+def layer_features(
+    encoder:torch.nn.Module,
+    layer,     # as for `probed_part`, or 'stages and last'
+    pack:Pack, # N images
+) -> np.ndarray: # (N, D) float32
+    "What a layer gives for all images"
+    if layer == 'stages and last': return stages_and_last(encoder, pack)
+    return encode(probed_part(encoder, layer), pack, mirrored=layer == 'mirrored').numpy()
+
+# %% ../../nbs/study/methods.ipynb #5ceea882
+@patch
+def beside_frozen(self:Lab, recipe:Recipe, seed:int, pack:Pack) -> tuple:
+    "The frozen ImageNet network's features, and beside them a trained encoder's; its run folder"
+    trained = but(encoder_of(recipe), layer='mirrored')
+    own,run = self.features(trained, seed, pack)
+    known,_ = self.features(frozen_in_full, seed, pack)
+    return np.hstack([known, own]), run
 
 # %% ../../nbs/study/methods.ipynb #7a2aecef
 @patch
@@ -279,9 +299,11 @@ def features(self:Lab,
 ) -> tuple: # (N, D) features; the run folder, none for random weights
     "Features of a labeled pack, from the encoder of a method; made if they are not there"
     recipe = recipe_of(method)
+    layer = settings_of(recipe).get('layer')
+    if layer == 'beside frozen': return self.beside_frozen(recipe, seed, pack)
     run = self.train(recipe, seed, pack)
     path = self.features_path(recipe, seed, pack, run)
     if not path.exists():
-        x = encode(self.network(recipe, seed, run), pack).numpy()
+        x = layer_features(self.network(recipe, seed, run), layer, pack)
         with atomic_write(path) as p: np.save(p, x)
     return np.load(path), run

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['laptop', 'yard', 'tiny', 'seeds', 'smoke', 'clusters', 'homogeneity', 'peers', 'purity', 'paper_groups', 'no_ceiling',
-           'on_mars', 'laptop_msl', 'gpu_msl', 'paper_msl', 'two', 'laptop_yard', 'presets', 'without']
+           'on_mars', 'laptop_msl', 'gpu_msl', 'paper_msl', 'two', 'laptop_yard', 'trained_on', 'imagenet_msl',
+           'imagenet_yard', 'presets', 'without']
 
 # %% ../../nbs/study/presets.ipynb #0753d7e1
 from dataclasses import replace
@@ -15,8 +16,9 @@ from .first import first_settings
 from .homogeneity import DialSettings
 from .peers import PeersSettings
 from .purity import PuritySettings
-from .recipes import aware, dcl, domains, eq1, groups, mixed, random_weights
-from .recipes import usual_k
+from ..start import from_imagenet
+from .recipes import aware, dcl, domains, eq1, groups, groups_from_imagenet, mixed
+from .recipes import random_weights, usual_k
 from .references import ReferenceSettings
 from .settings import Cost, GridSettings
 
@@ -96,6 +98,18 @@ laptop_yard = GridSettings(
         fig3=dict.fromkeys([random_weights, eq1, dcl, mixed, aware['true classes']], two),
         table2={domains[1]: [42]}, fig8={eq1: [42]}))
 
+# %% ../../nbs/study/presets.ipynb #f9f0a20d
+trained_on = without(['loss'], from_imagenet) | dict(backbone='tf_efficientnet_lite0', epochs=4)
+
+imagenet_msl = replace(
+    on_mars, size=224, pretrain=trained_on, natural=None, images=None,
+    groups=groups_from_imagenet, cost=Cost(7373, 5920, 29, 200))
+
+imagenet_yard = replace(
+    laptop_yard, size=64, pretrain=dict(trained_on, image_size=32, epochs=2),
+    natural=None, images=None, groups=groups_from_imagenet, k=usual_k,
+    cost=Cost(2500, 1050, 200, 20))
+
 # %% ../../nbs/study/presets.ipynb #4c8f0ecd
 presets = dict(
     first=dict(marsyard=first_settings),
@@ -106,5 +120,6 @@ presets = dict(
     peers=dict.fromkeys(['marsyard', 'msl', 'solar_cells'], peers),
     purity=purity,
     laptop=dict(marsyard=laptop_yard, msl=laptop_msl),
+    imagenet=dict(marsyard=imagenet_yard, msl=imagenet_msl),
     gpu=dict(msl=gpu_msl),
     paper=dict(msl=paper_msl))

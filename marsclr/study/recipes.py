@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['names_of_weights', 'names_of_losses', 'names_of_pools', 'names_of_additions', 'changeable', 'cluster_sources',
            'usual_k', 'random_weights', 'frozen', 'from_labels', 'eq1', 'dcl', 'aware', 'view_positives', 'elimination',
-           'attraction', 'central', 'mixed', 'domains', 'with_natural', 'with_train', 'recommended', 'plain', 'groups',
-           'known', 'Recipe', 'typed', 'check_changes', 'but', 'settings_of', 'pretrain_settings', 'base_of',
-           'encoder_of', 'with_each', 'remember', 'recipe_of']
+           'attraction', 'central', 'frozen_in_full', 'mixed', 'domains', 'with_natural', 'with_train', 'recommended',
+           'plain', 'groups', 'groups_from_imagenet', 'known', 'Recipe', 'typed', 'check_changes', 'but', 'settings_of',
+           'pretrain_settings', 'base_of', 'encoder_of', 'with_each', 'remember', 'recipe_of']
 
 # %% ../../nbs/study/recipes.ipynb #c7e5fb3b
 from dataclasses import dataclass, replace
@@ -148,6 +148,7 @@ view_positives = with_each('view_positives')
 elimination = Recipe(loss='elimination', clusters='pixels + capture')
 attraction = Recipe(loss='attraction', clusters='pixels + capture')
 central = Recipe(loss='cluster_aware', clusters='central pixels + capture')
+frozen_in_full = but(frozen, layer='stages and last')
 
 # %% ../../nbs/study/recipes.ipynb #9691c46f
 mixed = Recipe(pool='mixed')
@@ -221,9 +222,18 @@ groups = dict(
         | _each(_two, but(_long_dcl, layer='covariances'), but(_long_dcl, layer='all'))
         | _each(_one, *_parts))
 
+# %% ../../nbs/study/recipes.ipynb #0c501144
+_beside = [but(recipe, layer='beside frozen') for recipe in (dcl, aware['pixels + capture'])]
+_from_imagenet = _each(_one, frozen_in_full, frozen) | _each(_three, *_beside)
+
+groups_from_imagenet = dict(
+    recommended=_from_imagenet | _each(_three, but(dcl, layer='mirrored')),
+    cross_validation=_from_imagenet)
+
 # %% ../../nbs/study/recipes.ipynb #1188f8d0
 known = {recipe.name: recipe for recipe in plain}
-known |= {recipe.name: recipe for recipes in groups.values() for recipe in recipes}
+known |= {recipe.name: recipe for each in (groups, groups_from_imagenet)
+          for recipes in each.values() for recipe in recipes}
 
 def remember(recipe:Recipe) -> str: # its name
     "From now on the recipe can be found by its name"

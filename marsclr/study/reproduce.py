@@ -261,7 +261,7 @@ def check_call(preset, data, cell_options):
         raise MarsclrError(f'data {data!r} is not known: choose from {" ".join(presets[preset])}')
     if preset in studies and any(cell_options):
         raise MarsclrError(f'preset {preset} has no cells: --only, --known and --dry_run are for '
-                           'laptop, gpu and paper')
+                           'laptop, imagenet, gpu and paper')
 
 # %% ../../nbs/study/reproduce.ipynb #bef2cf2b
 @command
@@ -271,7 +271,8 @@ def marsclr_reproduce(
     # homogeneity: what false negatives cost (hours); references: what the diagnosis of an
     # archive rests on; purity: how pure clusters must be (hours); peers: this library beside
     # others in the same minutes (hours);
-    # laptop, gpu, paper: the paper's figures and tables, cell by cell
+    # laptop, gpu, paper: the paper's figures and tables, cell by cell;
+    # imagenet: what training adds to a frozen ImageNet network, cell by cell (hours)
     preset:str='first',
     # marsyard: no data needed; msl: the archives under $MARSCLR_DATA; for peers also solar_cells
     data:str='marsyard',
