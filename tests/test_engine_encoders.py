@@ -6,6 +6,7 @@ import numpy as np, timm, torch
 from fastai.torch_core import default_device
 from torch import nn
 from marsclr.engine.files import MarsclrError, atomic_write, one_line
+from marsclr.engine.memory import keep_heap
 from marsclr.engine.packing import Pack
 from marsclr.engine.processes import gather_parts, my_rows, rank
 from marsclr.engine.progress import progress_bar

@@ -3,9 +3,10 @@
 import json
 import numpy as np
 import torch
-from marsclr.engine.encoders import Stages, encode
+from marsclr.engine.encoders import encode
 from marsclr.engine.packing import Pack
 from marsclr.linear_evaluation import probe
+from marsclr.study.layers import stages_and_last
 import tempfile
 from pathlib import Path
 import pandas as pd

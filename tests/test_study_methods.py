@@ -10,12 +10,12 @@ from fastcore.basics import patch
 from marsclr import __version__
 from marsclr.engine.clusters import Clusters, capture_clusters, central_clusters, kmeans
 from marsclr.engine.clusters import label_clusters, load_clusters
-from marsclr.engine.encoders import Stages, create_encoder, encode, load_encoder
+from marsclr.engine.encoders import create_encoder, load_encoder
 from marsclr.engine.files import MarsclrError, atomic_write, digest, read_json, write_json
 from marsclr.engine.packing import Pack, concat_packs
 from marsclr.study.cluster_study import needs_eq1, needs_texture, source_features
 from marsclr.study.data_sets import data_sets
-from marsclr.study.imagenet import stages_and_last
+from marsclr.study.layers import layer_features
 from marsclr.study.recipes import Recipe, but, encoder_of, eq1, frozen_in_full
 from marsclr.study.recipes import pretrain_settings, recipe_of, settings_of
 from marsclr.study.settings import GridSettings
@@ -134,22 +134,10 @@ def test_the_encoder():
 
 
 def test_features():
-    encoder = create_encoder('resnet10t')
-    test_is(probed_part(encoder, None), encoder)
-    view = torch.zeros(2, 3, 32, 32)
-    test_eq(probed_part(encoder.eval(), 'layer1')(view).shape, (2, 64))
-    test_eq(probed_part(encoder.eval(), 'all')(view).shape, (2, 2*(64+128+256+512)))
-
     path = lab.features_path(random_weights, 42, packs['MarsYard'], None)
     test_eq(path.name, f"random-weights-{packs['MarsYard'].fingerprint}-seed42.npy")
     path = lab.features_path(but(random_weights, layer='all'), 42, packs['MarsYard'], None)
     assert path.name.startswith('random-weights-all-')
-
-    few = packs['MarsYard'].where(range(4))
-    test_eq(layer_features(encoder, 'mirrored', few).shape, (4, 512))
-    assert (layer_features(encoder, 'mirrored', few) != layer_features(encoder, None, few)).any()
-    test_eq(layer_features(encoder, 'stages and last', few)[:, -512:],
-            layer_features(encoder, 'mirrored', few))
 
     with capture_output():
         x,run = lab.features(dcl, 42, yard)
@@ -160,6 +148,15 @@ def test_features():
     test_eq(covariances.shape, (160, 1920 + 4*48*49//2))
     test_eq(every.shape, (160, 2*(64+128+256+512)))
     test_eq(lab.features(random_weights, 42, yard)[0], random)
+
+    with capture_output():
+        joined,run = lab.features(but(dcl, layer='beside frozen'), 42, yard)
+        known,_ = lab.features(frozen_in_full, 42, yard)
+    test_eq(run, made[dcl])
+    test_eq(joined[:, :known.shape[1]], known)
+    test_eq(joined.shape[1] - known.shape[1], 512)
+    test_ne(joined[:, known.shape[1]:], x)
+    print(f'{known.shape[1]} of the frozen network, 512 of ours')
 
     with capture_output(): run = lab.train(but(dcl, temperature=.2, epochs=2), 42)
     test_eq(run.name, 'dcl-temperature=0.2-epochs=2-seed42')

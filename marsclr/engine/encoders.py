@@ -14,6 +14,7 @@ import numpy as np, timm, torch
 from fastai.torch_core import default_device
 from torch import nn
 from .files import MarsclrError, atomic_write, one_line
+from .memory import keep_heap
 from .packing import Pack
 from .processes import gather_parts, my_rows, rank
 from .progress import progress_bar
@@ -107,12 +108,14 @@ def load_encoder(
 def pick_device(
     name=None, # 'cpu', 'cuda', ...; by default this process's GPU, or else fastai's default device
 ) -> torch.device:
-    "A device that is really there"
+    "A device that is really there; on a CPU, memory will be used again"
     if not name and torch.cuda.is_available(): name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    try: return torch.empty(0, device=name or default_device()).device
+    try: device = torch.empty(0, device=name or default_device()).device
     except (RuntimeError, AssertionError, NotImplementedError) as e:
         why = one_line(e)
         raise MarsclrError(f'device {str(name)!r} cannot be used here ({why})') from e
+    if device.type == 'cpu': keep_heap()
+    return device
 
 # %% ../../nbs/engine/encoders.ipynb #9e49a0de
 def fast_bf16(

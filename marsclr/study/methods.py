@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['central_of', 'Lab', 'draw', 'train_images', 'with_more', 'mixture', 'run_name', 'commit', 'run_folder', 'sign_run',
-           'run_facts', 'probed_part', 'layer_features']
+           'run_facts']
 
 # %% ../../nbs/study/methods.ipynb #4148abb4
 import subprocess, time
@@ -18,12 +18,12 @@ from fastcore.basics import patch
 from .. import __version__
 from ..engine.clusters import Clusters, capture_clusters, central_clusters, kmeans
 from ..engine.clusters import label_clusters, load_clusters
-from ..engine.encoders import Stages, create_encoder, encode, load_encoder
+from ..engine.encoders import create_encoder, load_encoder
 from ..engine.files import MarsclrError, atomic_write, digest, read_json, write_json
 from ..engine.packing import Pack, concat_packs
 from .cluster_study import needs_eq1, needs_texture, source_features
 from .data_sets import data_sets
-from .imagenet import stages_and_last
+from .layers import layer_features
 from .recipes import Recipe, but, encoder_of, eq1, frozen_in_full
 from .recipes import pretrain_settings, recipe_of, settings_of
 from .settings import GridSettings
@@ -236,17 +236,6 @@ def clusters_of(self:Lab, recipe:Recipe, seed:int) -> Path:
     k = settings_of(recipe).get('K', self.settings.k.get(recipe.clusters))
     return self.clusters(recipe.clusters, k, seed)
 
-# %% ../../nbs/study/methods.ipynb #d6ae20c0
-def probed_part(
-    encoder:torch.nn.Module,
-    layer, # of a recipe: 'covariances', 'all', a stage, 'mirrored' or none
-) -> torch.nn.Module:
-    "The encoder, or the layers of it that are probed"
-    if layer in (None, 'mirrored'): return encoder
-    if layer == 'covariances': return Stages(encoder)
-    if layer == 'all': return Stages(encoder, directions=0)
-    return Stages(encoder, [layer], spread=False, directions=0)
-
 # %% ../../nbs/study/methods.ipynb #1f27a26a
 @patch
 def network(self:Lab,
@@ -270,16 +259,6 @@ def features_path(self:Lab, recipe:Recipe, seed:int, pack:Pack, run) -> Path:
     if recipe.weights != 'imagenet': parts.append(f'seed{seed}')
     if run: parts.append(digest(run/'encoder.safetensors')[:12])
     return self.to/'features'/f'{run_name(encoder_of(recipe).name, *parts)}.npy'
-
-# %% ../../nbs/study/methods.ipynb #0ae54311
-def layer_features(
-    encoder:torch.nn.Module,
-    layer,     # as for `probed_part`, or 'stages and last'
-    pack:Pack, # N images
-) -> np.ndarray: # (N, D) float32
-    "What a layer gives for all images"
-    if layer == 'stages and last': return stages_and_last(encoder, pack)
-    return encode(probed_part(encoder, layer), pack, mirrored=layer == 'mirrored').numpy()
 
 # %% ../../nbs/study/methods.ipynb #5ceea882
 @patch
