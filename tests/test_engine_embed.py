@@ -22,7 +22,7 @@ from marsclr.engine.encoders import encode, save_encoder
 from marsclr.engine.packing import pack_archive
 from marsclr.engine.reading import Reading
 from marsclr.engine.embed import *
-from marsclr.engine.embed import _open_features, _write_portion
+from marsclr.engine.embed import _open_features, _width_at, _write_portion
 
 
 def test_which_encoder():
@@ -87,6 +87,10 @@ def test_into_a_file_some_images_at_a_time():
     test_eq(np.load(folder/'features.npy'), [[0, 0], [2, 3], [5, 6]])
     with expect_fail(MarsclrError, 'NaN or infinity'):
         _write_portion(folder, out, images, np.array([[1., 2], [np.nan, 4], [5, 6]]))
+
+    test_eq(_width_at(named_encoder('random', 'test_resnet'), 32), 512)
+    with expect_fail(MarsclrError, 'cannot take images of 8 px'):
+        _width_at(named_encoder('random', 'vit_tiny_patch16_224'), 8)
 
     encoder = named_encoder('random', 'test_resnet')
     asked = dict(run='random')

@@ -162,6 +162,10 @@ function choose(i) {
                                  words('Nearest, with cosine similarity:'), near)
   draw()
 }
+"""
+
+# %% ../../nbs/engine/atlas_look.ipynb #7caf667c
+_hover = """
 function hover(event) {
   const i = under(event), tip = find('tip')
   tip.hidden = i < 0
@@ -222,5 +226,5 @@ window.onhashchange()
 """
 
 # %% ../../nbs/engine/atlas_look.ipynb #f9c3fb9e
-page_program = (_places + _pictures + _drawing + _under + _facts + _choice
+page_program = (_places + _pictures + _drawing + _under + _facts + _choice + _hover
                 + _mouse + _wheel + _start)

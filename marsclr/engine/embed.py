@@ -132,7 +132,7 @@ def _write_portion(folder, out, images, features):
     out[first:images[-1]+1] = mean_over_tiles(features, images-first)
     out.flush()
 
-# %% ../../nbs/engine/embed.ipynb #d042fffb
+# %% ../../nbs/engine/embed.ipynb #d18046cb
 @torch.no_grad()
 def _width_at(encoder, size):
     "How many features come out"
@@ -140,6 +140,7 @@ def _width_at(encoder, size):
     like = next(encoder.parameters())
     return encoder.eval()(torch.zeros(1, 3, size, size, device=like.device)).shape[1]
 
+# %% ../../nbs/engine/embed.ipynb #d042fffb
 def write_features(
     folder:Path,  # to write `features.npy` and `progress.json` to
     encoder:nn.Module,

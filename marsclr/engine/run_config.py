@@ -252,6 +252,10 @@ def check_images_differ(
     problem = nothing_to_learn(pixel_features(pack))
     if problem: raise MarsclrError(problem)
 
+# %% ../../nbs/engine/run_config.ipynb #20fb2ab4
+def _say(line):
+    if rank() == 0: print(line, flush=True)
+
 # %% ../../nbs/engine/run_config.ipynb #b51fbed0
 def train_in_folder(
     learn:Learner, # with a `RunFolder`
@@ -277,6 +281,3 @@ def train_in_folder(
     if health: _say(textwrap.fill(f'{run}: {health}', 98, subsequent_indent='  '))
     if config['timm_options']:
         _say(f"in plain timm: {timm_line(config['backbone'], config['timm_options'], weights)}")
-
-def _say(line):
-    if rank() == 0: print(line, flush=True)
