@@ -9,7 +9,7 @@ from PIL import Image
 import IPython.display
 from fastcore.test import *
 from marsclr.archives.terrain import *
-from marsclr.archives.terrain import turned
+from marsclr.archives.terrain import _amplitude, turned
 
 
 def test_a_sheet_of_small_images():
@@ -22,6 +22,13 @@ def test_a_sheet_of_small_images():
 
 def test_rock_is_noise():
     global fields
+    plain = _amplitude(16, 2., 1., 0.)
+    test_close(plain[0,1:5], 16/np.arange(1, 5), eps=1e-5)
+    test_eq(plain[0,0], 0)
+    stretched = _amplitude(16, 2., 2., 0.)
+    test_close(stretched[0,1:], plain[0,1:]/2, eps=1e-5)
+    test_close(stretched[1:,0], plain[1:,0]*2, eps=1e-5)
+
     kinds = [(0,), (1,), (2,), (3,), (2, 3.), (2, 3., .7)]
     fields = [noise_field(np.random.default_rng(0), 96, *kind) for kind in kinds]
     roughness = [np.abs(np.diff(field)).mean() for field in fields[:4]]
@@ -62,9 +69,12 @@ def test_stones_and_cracks_are_cells():
 
 def test_relief_is_light():
     test_close(smoothstep(np.array([-1, 0, .5, 1, 2]), 0, 1), [0, 0, .5, 1, 1])
+    test_eq(smoothstep(np.array([0., 1]), 1, 0), [1, 0])
+    slope = np.diff(smoothstep(np.linspace(0, 1, 101), 0, 1))
+    assert slope[0] < .05*slope[50] and slope.argmax() in (49, 50) # level at both ends
+
     red = np.array([1., 0, 0])
     blue = np.array([0, 0, 1.])
-    test_eq(smoothstep(np.array([0., 1]), 1, 0), [1, 0])
     test_close(blend(np.array([[0, .25, 1]]), red, blue)[0], [[1, 0, 0], [.75, 0, .25], [0, 0, 1]])
 
     test_close(shade(np.zeros((96, 96), np.float32), 2, 1), 1, eps=1e-6)
@@ -86,6 +96,22 @@ def test_a_canvas_to_draw_on():
     assert np.exp(-.4) <= min(s.scale for s in styles) < 1 < max(s.scale for s in styles) <= np.exp(.4)
     assert len({s.angle for s in styles}) == 100
     assert all(abs(s.tint/s.tint.mean()-1).max() < .05 for s in styles)
+
+    across,down = pixel_grid(3)
+    test_eq(across.tolist(), [[-1, 0, 1]]*3)
+    test_eq(down, across.T)
+
+    style = make_style(0, 0)
+    bursts = [Canvas(np.random.default_rng(seed), 8, style) for seed in range(200)]
+    ratios = np.array([burst.scale/style.scale for burst in bursts])
+    assert np.exp(-.15) < ratios.min() < .9 and 1.1 < ratios.max() < np.exp(.15)
+    assert max(abs(burst.angle - style.angle) for burst in bursts) < .12
+    quarters = np.histogram([burst.azimuth for burst in bursts], 4, (-np.pi, np.pi))[0]
+    assert quarters.min() > 30
+
+    quarter = bursts[0].turned(np.pi/2)
+    test_close(quarter[0], bursts[0].y, eps=1e-6)
+    test_close(quarter[1], -bursts[0].x, eps=1e-6)
 
     canvas = Canvas(np.random.default_rng(0), 96, make_style(0, 0))
     plain = canvas.ground(-.5)

@@ -88,7 +88,7 @@ def test_into_a_file_some_images_at_a_time():
     with expect_fail(MarsclrError, 'NaN or infinity'):
         _write_portion(folder, out, images, np.array([[1., 2], [np.nan, 4], [5, 6]]))
 
-    test_eq(_width_at(named_encoder('random', 'test_resnet'), 32), 512)
+    test_eq(_width_at(named_encoder('random', 'test_resnet'), 32), 96)
     with expect_fail(MarsclrError, 'cannot take images of 8 px'):
         _width_at(named_encoder('random', 'vit_tiny_patch16_224'), 8)
 

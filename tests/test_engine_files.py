@@ -19,11 +19,14 @@ def test_one_line_when_the_input_is_wrong():
 
 
 def test_stopped_by_a_signal():
+    asked = Stopped('step 5', by=signal.SIGINT)
+    test_eq((asked.code, asked.by), ('step 5', signal.SIGINT)) # `code`: what Python prints at the end
+    assert not issubclass(Stopped, Exception)
+
     before = signal.getsignal(signal.SIGTERM)
     with expect_fail(Stopped, 'stopped by SIGTERM'), on_signal(raise_stopped):
         os.kill(os.getpid(), signal.SIGTERM)
     test_eq(signal.getsignal(signal.SIGTERM), before)
-    assert not issubclass(Stopped, Exception)
 
 
 def test_where_the_images_are():
@@ -47,6 +50,21 @@ def test_whole_files_or_none():
             with expect_fail(MarsclrError, 'set MARSCLR_DATA to a folder of yours'):
                 check_writable(f'{d}/curiosity')
 
+    with tempfile.TemporaryDirectory() as d, patch('os.fsync') as wait:
+        sync_to_disk(d) # a folder, whose list of names has to reach the disk, too
+        test_eq(wait.call_count, 1)
+        with expect_fail(OSError): os.fstat(wait.call_args[0][0]) # it is closed again
+        with expect_fail(FileNotFoundError): sync_to_disk(f'{d}/nowhere')
+
+    with tempfile.TemporaryDirectory() as d:
+        (Path(d)/'a').mkdir()
+        new = missing_parents(Path(d)/'a/b/c/file')
+        test_eq(new, [Path(d)/'a/b/c', Path(d)/'a/b'])
+        new[0].mkdir(parents=True)
+        (Path(d)/'a/b/note').touch() # meanwhile, by somebody else
+        remove_empty(new)
+        test_eq([path.exists() for path in new], [False, True])
+
     with tempfile.TemporaryDirectory() as d:
         log = Path(d)/'log.csv'
         log.write_text('epoch 1')
@@ -60,6 +78,12 @@ def test_whole_files_or_none():
         test_eq(sorted(path.name for path in Path(d).iterdir()), ['log.csv', 'old.csv'])
         with atomic_write(Path(d)/'deep/er/log.csv') as p: p.write_text('epoch 1')
         test_eq((Path(d)/'deep/er/log.csv').read_text(), 'epoch 1')
+
+    with tempfile.TemporaryDirectory() as d:
+        write_json(f'{d}/a.json', {'seed': 1})
+        test_eq(Path(f'{d}/a.json').read_text(), '{\n "seed": 1\n}\n')
+        with expect_fail(TypeError): write_json(f'{d}/a.json', {'seed': {2}}) # JSON has no sets
+        test_eq(Path(f'{d}/a.json').read_text(), '{\n "seed": 1\n}\n')
 
     with tempfile.TemporaryDirectory() as d:
         write_json(Path(d)/'a.json', {'seed': 1})
@@ -139,7 +163,6 @@ def test_text_from_other_programs():
         text = Path(d)/'labels.txt'
         text.write_bytes(b'\xef\xbb\xbfa.jpg 0  \r\n\r\nb\xc3\xa9.jpg 1\r\n')
         test_eq(read_lines(text), ['a.jpg 0', '', 'bé.jpg 1', ''])
-        test_eq(numbered_lines(text), [(1, 'a.jpg 0'), (3, 'bé.jpg 1')])
         text.write_bytes('a.jpg 0'.encode('utf-16'))
         with expect_fail(MarsclrError, 'labels.txt is text in UTF-16: save it as UTF-8'):
             read_lines(text)
@@ -149,6 +172,11 @@ def test_text_from_other_programs():
         text.write_bytes(bytes(9))
         with expect_fail(MarsclrError, 'is not a text file'): read_lines(text)
         with expect_fail(MarsclrError, 'nowhere cannot be read: No such file'): read_lines('nowhere')
+
+    with tempfile.TemporaryDirectory() as d:
+        text = Path(d)/'labels.txt'
+        text.write_bytes(b'\n  \na.jpg 0\r\n\r\nb.jpg 1')
+        test_eq(numbered_lines(text), [(3, 'a.jpg 0'), (5, 'b.jpg 1')])
 
 
 def test_names_that_are_no_utf_8():

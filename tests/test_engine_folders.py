@@ -7,16 +7,44 @@ from marsclr.engine.files import MarsclrError
 import tempfile
 from fastcore.test import *
 from marsclr.engine.folders import *
-from marsclr.engine.folders import _count, _why_left_out
+from marsclr.engine.folders import _converters, _count, _folders_to_enter, _identity, _refuse, _why_left_out
 
 
 def test_opening():
+    global root
+    to_convert = ' '.join(_converters.values()).split()
+    assert not image_suffixes & set(to_convert)
+    test_eq(len(set(to_convert)), len(to_convert)) # one way for each suffix
+    test_eq({suffix for suffix in (*image_suffixes, *to_convert) if suffix != suffix.lower()}, set())
+
     test_eq(say_left_out(Counter({'.txt': 2, 'hidden': 1})), '3 files of other kinds: .txt 2, hidden 1')
     test_eq(say_left_out(Counter({'linked folders': 2})),
             '2 linked folders (--follow_links reads what is in there)')
     test_eq(say_left_out(Counter()), '')
     test_eq(_count(1, 'file'), '1 file')
     print(say_left_out(Counter({'.fits': 1, '.img': 1})).replace('; ', '\n'))
+
+    def entered(follow):
+        left = Counter()
+        seen = {_identity(root/'seen')}
+        names = 'again b .hidden link seen'.split()
+        return list(_folders_to_enter(root, names, follow, seen, left)), dict(left)
+
+    with tempfile.TemporaryDirectory() as d:
+        root = Path(d)
+        for name in ('b', '.hidden', 'seen', 'away'): (root/name).mkdir()
+        (root/'link').symlink_to('away')
+        (root/'again').symlink_to('away')
+        test_eq(entered(follow=False), (['b'], {'linked folders': 2, 'hidden': 1}))
+        test_eq(entered(follow=True), (['again', 'b'], {'hidden': 1}))
+    test_eq([_why_left_out(name) for name in ('a.JPG', 'notes', 'b.Fits', '.x.jpg')],
+            ['', 'no suffix', '.fits', 'hidden'])
+
+    with tempfile.TemporaryDirectory() as d: test_eq(existing_folder(d, 'images'), Path(d))
+    with expect_fail(MarsclrError, 'a.jpg is not a folder: give the folder of images, or set MARSCLR'):
+        existing_folder('a.jpg', 'images')
+    with expect_fail(MarsclrError, "'in/secret' cannot be listed (Permission denied): make it readable"):
+        _refuse(PermissionError(13, 'Permission denied', 'in/secret'))
 
     with tempfile.TemporaryDirectory() as d:
         d = Path(d)
@@ -28,12 +56,9 @@ def test_opening():
         plain,left_out = list_folder(d/'in')
         followed,left_out_then = list_folder(d/'in', follow=True)
         test_eq(find_images(d/'in'), plain)
-        test_eq(existing_folder(d/'in', 'images'), d/'in')
         (d/'in/a.jpg').unlink()
         with expect_fail(MarsclrError, 'holds no images'): list_folder(d/'in')
         with expect_fail(MarsclrError, 'is not a folder'): list_folder(d/'nowhere')
-    test_eq([_why_left_out(name) for name in ('a.JPG', 'notes', 'b.Fits', '.x.jpg')],
-            ['', 'no suffix', '.fits', 'hidden'])
     test_eq(plain, ['a.jpg'])
     test_eq(left_out, {'hidden': 1, '.fits': 1, 'no suffix': 1, 'linked folders': 1})
     test_eq(followed, ['a.jpg', 'linked/d.jp2', 'linked/e.jpg'])
