@@ -43,7 +43,7 @@ def test_opening():
     with tempfile.TemporaryDirectory() as d: test_eq(existing_folder(d, 'images'), Path(d))
     with expect_fail(MarsclrError, 'a.jpg is not a folder: give the folder of images, or set MARSCLR'):
         existing_folder('a.jpg', 'images')
-    with expect_fail(MarsclrError, "'in/secret' cannot be listed (Permission denied): make it readable"):
+    with expect_fail(MarsclrError, "'in/secret' cannot be listed (Permission denied): make it"):
         _refuse(PermissionError(13, 'Permission denied', 'in/secret'))
 
     with tempfile.TemporaryDirectory() as d:

@@ -44,7 +44,8 @@ def test_what_no_run_can_have():
 
     refused("--loss 'simclr' is not known: choose from ntxent dcl", loss='simclr')
     refused("--precision 'half' is not known: choose from auto bf16 fp32", precision='half')
-    refused('--lr -1: give at least 0', lr=-1)
+    for k,smallest in least.items():
+        refused(f'--{k} {smallest-1}: give at least {smallest}', **{k: smallest-1})
     refused('--layer_decay 0: give more than 0', layer_decay=0)
     refused('--blur 2: give a probability, 0 to 1', blur=2)
     refused('--seed 9223372036854775808: give a number below', seed=2**63)
@@ -144,14 +145,22 @@ def test_from_the_configuration_to_a_finished_run():
 
     run = Path(tempfile.mkdtemp())
     check_same_images(run, SomeImages('a.jpg')) # a run of which nothing is known
-    write_images(run, SomeImages('a.jpg', '"b, c".jpg'))
+    SomeImages('a.jpg', '"b, c".jpg').table.to_csv(run/'images.csv', index=False)
     check_same_images(run, SomeImages('a.jpg', '"b, c".jpg'))
-    with expect_fail(MarsclrError, '(2 new, such as d.jpg, 1 gone, such as a.jpg)'):
-        check_same_images(run, SomeImages('"b, c".jpg', 'd.jpg', 'e.jpg'))
-    with expect_fail(MarsclrError, '(1 new, such as d.jpg, none gone)'):
-        check_same_images(run, SomeImages('a.jpg', '"b, c".jpg', 'd.jpg'))
-    with expect_fail(MarsclrError, '(none new, 1 gone, such as a.jpg)'):
-        check_same_images(run, SomeImages('"b, c".jpg'))
+    differences = {'2 new, such as d.jpg, 1 gone, such as a.jpg': ('"b, c".jpg', 'd.jpg', 'e.jpg'),
+                   '1 new, such as d.jpg, none gone': ('a.jpg', '"b, c".jpg', 'd.jpg'),
+                   'none new, 1 gone, such as a.jpg': ('"b, c".jpg',)}
+    for message,images in differences.items():
+        with expect_fail(MarsclrError, f'({message})'): check_same_images(run, SomeImages(*images))
+    shutil.rmtree(run)
+
+    run = Path(tempfile.mkdtemp())
+    listing = ListImages(run, SomeImages('a.jpg', '"b, c".jpg'))
+    test_eq(list(run.iterdir()), []) # nothing yet
+    listing.before_train()
+    test_eq(pd.read_csv(run/'images.csv').path.tolist(), ['a.jpg', '"b, c".jpg'])
+    write_images(run, SomeImages('later.jpg'))
+    test_eq(len(pd.read_csv(run/'images.csv')), 2) # as it was
     shutil.rmtree(run)
 
     blank = np.zeros((100, 8, 8, 3), np.uint8) + np.arange(100, dtype=np.uint8)[:,None,None,None]

@@ -23,7 +23,7 @@ from marsclr.datasets import msl
 from marsclr.archives.marsyard import write_marsyard
 from marsclr.engine.packing import pack_archive
 from marsclr.study.cluster_study import *
-from marsclr.study.cluster_study import _random_encoder, _unit
+from marsclr.study.cluster_study import _picked_and_best, _random_encoder, _unit
 
 
 def test_the_sources():
@@ -65,6 +65,10 @@ def test_the_table():
     two = study_rows(pack, 'yard', 'pixels', [seen['pixels']]*2, [3], [0, 0])
     test_eq([row['stability'] for row in two], [1, 1]) # the same seed, the same clusters
 
+    in_hand = pack_rows(pack, 'yard', lambda pack, seed: {'pixels': lambda: seen['pixels']}, [3], [0])
+    test_eq([row['source'] for row in in_hand], ['capture', 'pixels'])
+    test_eq((in_hand[0]['k'], in_hand[0]['swallowed']), (0, 0))
+
     ks = (3, 10, 30)
     table = cluster_table({'MarsYard': pack}, features, tmp/'table.csv', ks, (0, 1))
     again = cluster_table({'MarsYard': pack}, None, tmp/'table.csv', ks, (0, 1))
@@ -74,9 +78,6 @@ def test_the_table():
     assert (table.bursts_together[table.source.str.contains('capture')] == 1).all()
     by_k = table[table.source == 'pixels'].groupby('k')[['caught', 'swallowed']].mean()
     assert (by_k.diff().dropna() < 0).all().all()
-    in_hand = pack_rows(pack, 'yard', lambda pack, seed: {'pixels': lambda: seen['pixels']}, [3], [0])
-    test_eq([row['source'] for row in in_hand], ['capture', 'pixels'])
-    test_eq((in_hand[0]['k'], in_hand[0]['swallowed']), (0, 0)) # bursts are of one class
 
     three = pd.DataFrame(dict(k=[5, 5, 0], caught=[.1, .3, .2]))
     test_eq(with_spread(three, 'k', ['caught']).caught.to_dict(), {5: '20.0 ± 14.1', 0: '20.0'})
@@ -94,6 +95,11 @@ def test_as_a_picture():
 
 
 def test_how_many_clusters():
+    three = pd.DataFrame(dict(k=[3, 10, 30], stability=[.9, .5, .7], gain=[.2, .5, .4]))
+    by_hand = dict(picked=3, stability=.9, gain=.2, best=10, best_gain=.5)
+    test_eq(_picked_and_best(three).to_dict(), by_hand)
+    test_eq(_picked_and_best(three[1:])['picked'], 30) # the most stable of those that are left
+
     rule = k_rule(table)
     assert (rule.gain <= rule.best_gain).all()
     test_eq(set(rule.picked) <= set(ks), True)

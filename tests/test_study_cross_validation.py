@@ -14,6 +14,7 @@ from marsclr.datasets import msl
 from marsclr.archives.marsyard import write_marsyard
 from marsclr.engine.packing import pack_archive
 from marsclr.study.cross_validation import *
+from marsclr.study.cross_validation import _redraw
 
 
 def test_images_that_must_stay_together():
@@ -66,6 +67,15 @@ def test_the_probe_of_a_fold():
     test_eq(again[1], predicted)
     (predicted == y[rows]).mean(), losses.mean()
 
+    check_folds(x, 40, 10)
+    with expect_fail(MarsclrError, '40 blocks make no 7 equal folds'): check_folds(x, 40, 7)
+    with expect_fail(MarsclrError, 'there is nothing to predict'): check_folds(x[:0], 40, 10)
+    with expect_fail(MarsclrError, 'NaN or infinity'): check_folds(x/0*0, 40, 10)
+
+    rows,predicted,losses = predict_all(x, y, blocks//14, original) # three folds
+    test_eq(np.sort(rows), np.flatnonzero(original))
+    test_eq((len(predicted), len(losses)), (len(rows), len(rows)))
+
     result = cross_validate(x, pack.table)
     test_eq(result.images.sum(), original.sum())
     test_eq(len(result), 40)
@@ -89,6 +99,10 @@ def test_the_difference_of_two_encoders_with_one_interval():
     better = one.assign(right=one.right+1)
     more,images = block_differences(better, one, 'right')
     test_eq((more.tolist(), images.tolist()), ([[1, 1]]*3, [10, 10]))
+    redrawn = _redraw(np.random.default_rng(0), 5, 1000)
+    test_eq(set(redrawn.sum(1)), {5})
+    test_close(redrawn.mean(0), np.ones(5), eps=.1)
+
     gain = paired_gain(better, one)
     test_close(gain['gain'], 10, eps=1e-9)
     test_close(gain['half'], 0, eps=1e-9)
@@ -103,8 +117,16 @@ def test_the_difference_of_two_encoders_with_one_interval():
 def test_several_methods_at_once():
     test_eq(plus_minus(2, .25), '2.0 ± 0.2')
     test_eq(plus_minus(2, np.nan, '+'), '+2.0')
+    test_eq(plus_minus(-.04, .1, '+'), '-0.0 ± 0.1')
+
     half_tested = pd.DataFrame(dict(test_images=[0, 4], test_right=[0, 3], images=10, right=9))
     test_eq(official_test(half_tested)[['images', 'right']].to_numpy().tolist(), [[4, 3]])
+
+    two_blocks = pd.DataFrame(dict(
+        seed=[1, 2], images=[10, 30], right=[5, 25], known=[10, 20], log_loss=[6., 9.],
+        test_images=[0, 4], test_right=[0, 3]))
+    totals = method_totals(two_blocks) # of all images, not the mean of two shares
+    test_eq(totals, dict(seeds=2, accuracy=75, log_loss=.5, test=75))
 
     def blocks_of(method, width, seed):
         "Blocks of an 'encoder': thumbnails along so many random directions"
@@ -129,6 +151,10 @@ def test_several_methods_at_once():
 
 
 def test_what_it_can_see_and_what_it_cannot():
+    set_by_us = simulate_gains(np.random.default_rng(0), 400_000, 40, 0, 0, gain=2)
+    test_close(paired_gain(*set_by_us)['gain'], 2, eps=.2)
+    test_close((set_by_us[0].right + set_by_us[1].right).sum()/(3*400_000), .2, eps=.01) # disagree
+
     sets = dict(test=dict(images=600, n_blocks=8), all=dict(images=2900, n_blocks=40))
     cases = [(name, seed_sd, block_sd) for name in sets for seed_sd in (0, 1, 2) for block_sd in (0, 3)]
     tried = pd.DataFrame({(name, seed_sd, block_sd):

@@ -20,27 +20,38 @@ from marsclr.study.settings import open_folder
 from marsclr.training import pretrain
 import tempfile
 from dataclasses import replace
+from importlib.metadata import entry_points
+from inspect import signature
+from unittest.mock import patch
 from fastcore.test import *
 from IPython.utils.capture import capture_output
 from marsclr.engine.files import MarsclrError
 from marsclr.study.first import *
+from marsclr.study.first import _draw_pairs
 
 
-def test_how_long_will_it_take():
+def test_what_is_done():
     global folder, small
     short = dict(first_settings.pretrain, epochs=1, batch_size=32)
     small = replace(first_settings, images=96, labeled=120, classes=3, pretrain=short)
     folder = Path(tempfile.mkdtemp())
+    test_eq(first_settings.labeled % 6, 0)
+    assert set(first_settings.pretrain) <= set(signature(pretrain).parameters)
 
+
+def test_how_long_will_it_take():
+    with patch('time.perf_counter', side_effect=[0, .5]):
+        test_eq(views_per_second('resnet10t', 32, views=16), 96)
     speed = views_per_second('resnet10t', 32, views=16, rounds=1)
     assert speed > 0
+
     test_eq(expected_seconds(first_settings, 600), (48_000 + 16*2200)/600)
     assert expected_seconds(small, speed) < expected_seconds(first_settings, speed)
     test_eq(expected_seconds(first_settings, 300), 2*expected_seconds(first_settings, 600))
 
 
 def test_two_images_that_are_pushed_apart():
-    global pairs, pool
+    global of_burst, one_class, pairs, pool
     pool = yard_pack(folder/'pool.pack', n=96, n_classes=3, seed=1, **small.yard)
     batch = epoch_order(len(pool), 42, 0)[:64]
     pairs = false_pairs(pool, batch)
@@ -96,6 +107,12 @@ def test_what_they_know():
 
 
 def test_one_picture():
+    fig = plt.figure()
+    _draw_pairs(fig, pool, dict(near=of_burst[:2], far=one_class[:1]))
+    test_eq([ax.get_title() for ax in fig.axes], ['near', 'near', 'far'])
+    test_eq(fig.axes[0].images[0].get_array().shape[:2], (pool.size, 2*pool.size))
+    plt.close(fig)
+
     shown = {name: features[name] for name in names}
     fig = first_figure(pool, pairs, labeled, shown, 3)
     above,below = fig.subfigs
@@ -104,6 +121,9 @@ def test_one_picture():
 
 
 def test_the_command():
+    commands = {command.name for command in entry_points(group='console_scripts')}
+    for line in advice.splitlines()[2:]: assert line.split()[0] in commands
+
     with capture_output() as said: made = first(folder/'whole', small)
     print(said.stdout)
     for path in made.split(): assert Path(path).stat().st_size > 100

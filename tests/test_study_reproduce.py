@@ -66,10 +66,16 @@ def test_what_is_missing():
     test_eq(len(cells_left(fig4, nowhere, results)), 0)
     test_eq(len(cells_left(fig8, nowhere, results)), 0)
     test_eq(len(cells_left(fig8.assign(config='other'), nowhere, results)), 1)
+
     left = cells_left(fig4, nowhere, '')
     test_eq(len(left), len(fig4))
     copied = cells_to_run(left, ['fig3'], nowhere, results)
     test_eq(set(zip(left.labels, left.draw)) - set(zip(copied.labels, copied.draw)), {(100, 0)})
+
+    none = pd.DataFrame(dict(minutes=[]))
+    test_eq(str(Plan(none, none, none, none)), 'cells missing: 0, about 0.0 hours')
+    bill = pd.DataFrame(dict(group=['fig3', 'fig8'], minutes=[80, 10]))
+    assert str(Plan(bill, bill, bill, bill)).endswith('cells missing: 2, about 1.5 hours')
 
     tmp = Path(tempfile.mkdtemp())
     tiny = dict(
@@ -97,6 +103,19 @@ def test_running_it():
     with tempfile.TemporaryDirectory() as folder, patch.dict('os.environ', MARSCLR_DATA=folder):
         with expect_fail(MarsclrError, 'msl-label-fractions is missing'):
             check_inputs(with_labels, nowhere)
+
+    for folder in ('ours', 'theirs'): (tmp/folder).mkdir()
+    (tmp/'ours/fig3.csv').write_text('ours')
+    for group in ('fig3', 'fig4', 'fig8'): (tmp/f'theirs/{group}.csv').write_text('theirs')
+    groups = ['fig3', 'fig4', 'fig5', 'fig8']
+    copy_known(plan, groups, tmp/'ours', tmp/'theirs') # with Figure 8 still to be made
+    here = {path.stem: path.read_text() for path in (tmp/'ours').iterdir()}
+    test_eq(here, dict(fig3='ours', fig4='theirs'))
+
+    drawings = other_domain('marsyard', tmp/'other', few)
+    test_eq((len(drawings), drawings.size), (few.natural, few.size))
+    test_eq(drawings.table.domain.unique().tolist(), ['leaves'])
+    test_eq(other_domain('marsyard', tmp/'other', few).fingerprint, drawings.fingerprint)
 
     with capture_output() as said:
         files = run_plan(plan, 'marsyard', tmp/'grid', few, n=400)
