@@ -38,8 +38,8 @@ REPOSITORY = SETTINGS['git_url'] + '/blob/' + SETTINGS['branch']  # and the file
 def cell_faults(cell):
     start = repr(cell.source[:60])
     if mixes_imports(cell): yield f'a cell mixes imports with other code: {start}'
-    figures = [output for output in cell.outputs if 'image/png' in output.get('data', {})]
-    if figures and not directives(cell).get('fig-alt'):
+    kinds = [kind for output in cell.outputs for kind in output.get('data', {})]
+    if any(kind.startswith('image/') for kind in kinds) and not directives(cell).get('fig-alt'):
         yield f'a figure has no alternative text: {start}'
 
 

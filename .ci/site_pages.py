@@ -184,6 +184,16 @@ def summary(cell) -> str:
     return 'Checks' if checks(body) else ''
 
 
+def show_private(cell):
+    "Show exported cells that define nothing public, folded: they would be missing on the page."
+    said = getattr(cell, 'directives_', {})
+    if cell.cell_type != 'code' or 'export' not in said: return
+    body = [node for node in ast.parse(cell.source).body if not is_import(node)]
+    if not body or any(getattr(node, 'name', '_')[0] != '_' for node in body): return
+    said['exports'] = said.pop('export')
+    cell.source = f'#| code-fold: true\n#| code-summary: Source\n{cell.source}'
+
+
 def fold(cell):
     "Fold what a reader can do without at first sight."
     name = summary(cell)
@@ -198,11 +208,11 @@ def keep_together(cell):
 
 
 class Processors(nbdev.processors.FilterDefaults):
-    "nbdev's steps, three of them our own, and one more."
+    "nbdev's steps, three of them our own, with one before and one after them."
     def base_procs(self):
         own = {'add_links': add_links, 'add_fold': fold, 'mv_exports': SourceBelow}
         steps = [own.get(step.__name__, step) for step in super().base_procs()]
-        return [*steps, keep_together]
+        return [show_private, *steps, keep_together]
 
 
 def read_names(path:Path) -> tuple[str, set]:

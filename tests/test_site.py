@@ -210,6 +210,18 @@ def test_imports_and_long_checks_are_folded(cell, in_lesson, elsewhere):
         assert folded.source == start + cell.source
 
 
+@pytest.mark.parametrize('source,shown', [
+    ('def _grain(): return 1', True), ('_sizes = 1, 2', True), ('import os', False),
+    ('def grain(): return 1', False), ('_size = 1\nclass Grain: pass', False),
+])
+def test_exported_code_without_a_public_name_is_shown_folded(source, shown):
+    cell = new_code_cell(source)
+    cell.directives_ = {'export': []}
+    site_pages.show_private(cell)
+    assert ('exports' in cell.directives_) == shown == ('export' not in cell.directives_)
+    assert cell.source == '#| code-fold: true\n#| code-summary: Source\n'*shown + source
+
+
 def test_a_number_and_its_interval_stay_on_one_line():
     table = new_output('display_data', {'text/html': '<td>1 ± 2</td>'})
     cell = new_code_cell('x ± y', outputs=[table])
@@ -221,12 +233,14 @@ def test_a_number_and_its_interval_stay_on_one_line():
 # --- notebooks
 
 FIGURE = [new_output('display_data', {'image/png': 'x'})]
+PHOTO = [new_output('execute_result', {'image/jpeg': 'x'})]
 
 
 @pytest.mark.parametrize('cell,name,fault', [
     (new_code_cell('x = 1'), 'a.ipynb', []),
     (new_code_cell('#| fig-alt: a line\nplot()', outputs=FIGURE), 'a.ipynb', []),
     (new_code_cell('plot()', outputs=FIGURE), 'a.ipynb', ['a figure has no alternative text']),
+    (new_code_cell('photo', outputs=PHOTO), 'a.ipynb', ['a figure has no alternative text']),
     (new_code_cell('import os\nx = 1'), 'a.ipynb', ['a cell mixes imports with other code']),
     (new_code_cell('x = 1'), 'b.ipynb', ['is not in the sidebar of _quarto.yml']),
 ])
