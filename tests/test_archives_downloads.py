@@ -10,18 +10,29 @@ from marsclr.engine.files import MarsclrError, digest, explain_interruption, fil
 from marsclr.engine.reading import formats
 import sys
 import errno, shutil, tempfile
+from types import SimpleNamespace
 import pandas as pd
 from fastcore.test import *
 from stand_in import StandIn, pictures
 from marsclr.archives.downloads import *
+from marsclr.archives.downloads import _remove_empty, _tell_size, _version_and_length
 
 
 def test_a_part_of_a_file():
-    global tmp
+    global part, tmp
     sys.path.append('../../tests')  # the stand-in server is a tool of the tests
 
     tmp = Path(tempfile.mkdtemp())
     part = Part(tmp/'mars.zip')
+    test_eq((part.size(), part.note(), part.is_whole()), (0, {}, False))
+    part.path.write_bytes(b'abcde')
+    part.notes.write_text('{"length": 5')
+    test_eq((part.size(), part.note(), part.is_whole()), (5, {}, False))
+    part.notes.write_text('{"length": 5}')
+    test_eq(part.is_whole(), True)
+    part.drop()
+    test_eq(list(tmp.iterdir()), [])
+
     part.path.write_bytes(b'abc')
     part.notes.write_text(json.dumps(dict(version='"v1"', length=5)))
     asked = part.request_headers()
@@ -31,6 +42,24 @@ def test_a_part_of_a_file():
     test_eq(part.request_headers(), {})
     test_eq(part.path.exists(), False)
     asked
+
+    def said(**headers):
+        names = {name.replace('_', '-'): value for name,value in headers.items()}
+        return _version_and_length(SimpleNamespace(headers=names))
+
+    test_eq(said(ETag='"v1"', Content_Length='5'), dict(version='"v1"', length=5))
+    test_eq(said(ETag='W/"v1"', Last_Modified='Sat, 28 Nov'), dict(version='Sat, 28 Nov', length=None))
+    test_eq(said(), dict(version=None, length=None))
+
+    rest = SimpleNamespace(status_code=206, headers={'Content-Range': 'bytes 3-4/5'})
+    whole = SimpleNamespace(status_code=200, headers={'ETag': '"v2"', 'Content-Length': '2'})
+    part.path.write_bytes(b'abc')
+    part.append(rest, [b'd', b'e'])
+    test_eq(part.path.read_bytes(), b'abcde')
+    part.append(whole, [b'xy']) # all of it, of another version
+    test_eq((part.path.read_bytes(), part.note()), (b'xy', dict(version='"v2"', length=2)))
+    with expect_fail(Fault, 'another part of the file'): part.append(rest, [b'd'])
+    test_eq(part.size(), 0)
 
     part.path.write_bytes(b'abc')
     part.notes.write_text(json.dumps(dict(version='"v1"', length=5)))
@@ -43,10 +72,14 @@ def test_a_part_of_a_file():
 
 
 def test_what_is_sound():
+    abc = tmp/'abc'
+    abc.write_bytes(b'abc')
+    check_digest('md5:900150983cd24fb0d6963f7d28e17f72')(abc)
+    with expect_fail(Fault, 'its md5 is 9001'): check_digest('md5:0')(abc)
+    with expect_fail(Fault, 'its sha256 is ba78'): check_digest('sha256:0')(abc)
+    abc.unlink()
+
     photo = tmp/'photo.jpg'
-    photo.write_bytes(b'abc')
-    check_digest('md5:900150983cd24fb0d6963f7d28e17f72')(photo)
-    with expect_fail(Fault, 'its md5 is 9001'): check_digest('md5:0')(photo)
     photo.write_bytes(pictures(1, 64)[0])
     check_image(photo)
     os.truncate(photo, photo.stat().st_size-200)
@@ -57,6 +90,13 @@ def test_what_is_sound():
 
 
 def test_from_an_address_to_a_file():
+    part.path.write_bytes(b'abc')
+    told = []
+    for chunk in _tell_size([b'd', b'e'], part, told.append):
+        with open(part.path, 'ab') as f: f.write(chunk)
+    test_eq(told, [4, 5])
+    part.drop()
+
     quick = dict(rate=1000, wait=.01, patience=.3)
     jpegs = {f'{i}.jpg': jpeg for i,jpeg in enumerate(pictures(20, 64))}
     fetcher = Fetcher(**quick)
@@ -98,6 +138,14 @@ def test_from_an_address_to_a_file():
 
 
 def test_a_folder_for_one_process():
+    new = [tmp/'a/b', tmp/'a']
+    new[0].mkdir(parents=True)
+    (tmp/'a/b/.lock').touch()
+    (tmp/'a/kept').touch()
+    _remove_empty(tmp/'a/b/.lock', new)
+    test_eq([path.exists() for path in new], [False, True])
+    shutil.rmtree(tmp/'a')
+
     def cut_off_by(error, **kwargs):
         with exclusive_folder(tmp/'alone', **kwargs): raise error
 

@@ -16,7 +16,7 @@ from fastcore.test import *
 from requests import PreparedRequest
 from stand_in import StandIn, curiosity_record, perseverance_record, rover_stand_in
 from marsclr.archives.feeds import *
-from marsclr.archives.feeds import _curiosity_query, _curiosity_row, _number, _perseverance_query, _perseverance_row, _records
+from marsclr.archives.feeds import _both_computers, _both_sides, _curiosity_query, _curiosity_row, _number, _perseverance, _perseverance_query, _perseverance_row, _records, _walk
 
 
 def test_two_feeds():
@@ -27,19 +27,30 @@ def test_two_feeds():
     test_eq((asked['condition_2'], asked['condition_3']), ('10:sol:gte', '11:sol:lte'))
     test_eq((asked['page'], asked['search']), (2, '|NAVCAM_LEFT'))
     assert 'extended' not in _perseverance_query(10, 11, [], page=0, full=False)
-    test_eq(_curiosity_query(10, 11, ['MAHLI', 'MARDI'], page=0, full=True)['search'], 'MAHLI|MARDI')
+
+    asked = _curiosity_query(10, 11, ['MAHLI', 'MARDI'], page=0, full=True)
+    test_eq((asked['search'], asked['extended']), ('MAHLI|MARDI', 'thumbnail::sample_type::noteq'))
+    assert 'extended' not in _curiosity_query(10, 11, [], page=0, full=False)
 
     def rows_of(make_row, record, size):
         images = (record('http://here', 10, 1), record('http://here', 10, 2, sample='Thumbnail'))
         return [make_row(image, size) for image in images]
 
     perseverance = rows_of(_perseverance_row, perseverance_record, 'large')
-    curiosity = rows_of(_curiosity_row, curiosity_record, 'full')
-    for rows in (perseverance, curiosity): test_eq([row['full'] for row in rows], [True, False])
-    test_eq(list(perseverance[0]), list(curiosity[0]))
-    assert perseverance[0]['url'].endswith('_1200.jpg')
+    test_eq([row['full'] for row in perseverance], [True, False])
     test_eq(perseverance[0]['sol'], 10)
+    endings = dict(small='_320.jpg', large='_1200.jpg', full='.png')
+    for size,ending in endings.items():
+        assert rows_of(_perseverance_row, perseverance_record, size)[0]['url'].endswith(ending)
+
+    curiosity = rows_of(_curiosity_row, curiosity_record, 'full')
+    test_eq([row['full'] for row in curiosity], [True, False])
+    test_eq(list(curiosity[0]), list(perseverance[0]))
     test_eq(curiosity[0]['camera'], 'NAV_LEFT_B')
+
+    four = 'NAV_LEFT_A NAV_LEFT_B NAV_RIGHT_A NAV_RIGHT_B'
+    test_eq(' '.join(_both_computers(_both_sides('NAV'))), four)
+    assert _perseverance.default_size in _perseverance.sizes
 
     def address(feed, *args):
         request = PreparedRequest()
@@ -64,6 +75,15 @@ def test_a_walk_through_pages():
     test_eq(_records(feed, {'message': 'No more images.'}), [])
 
     quick = dict(rate=1000, wait=.01, patience=.3)
+    stated = {feed.total: '3'}
+    pages = [dict(stated, images=[dict(imageid='a'), dict(imageid='b')]),
+             dict(stated, images=[dict(imageid='b')])]
+    walked = iter(pages)
+    seen = {}
+    with StandIn({}, {feed.path: lambda query, server: next(walked)}) as server:
+        os.environ['MARSCLR_MIRROR'] = server.url
+        test_eq(_walk(Fetcher(**quick), feed, 11, feed.cameras, True, seen), 3)
+    test_eq(list(seen), ['a', 'b'])
 
     def list_one_sol(rover='perseverance', each=25, **feed):
         with rover_stand_in(rover, [10, 11], each, feed=dict(cap=10) | feed) as server:

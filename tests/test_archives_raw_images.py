@@ -15,6 +15,7 @@ from marsclr.engine.files import MarsclrError, atomic_write, digest, one_line, r
 import sys
 import os, tempfile
 from contextlib import ExitStack
+from unittest.mock import patch
 from urllib.parse import urlsplit
 import matplotlib.pyplot as plt
 from fastcore.test import *
@@ -22,7 +23,7 @@ from PIL import Image
 from marsclr.datasets import image_folder
 from stand_in import rover_stand_in
 from marsclr.archives.raw_images import *
-from marsclr.archives.raw_images import _choose, _fetch_into, _for_each
+from marsclr.archives.raw_images import _check, _choose, _fetch_into, _for_each, _listed_rows, _sols_there
 
 
 def test_several_requests_at_a_time():
@@ -38,7 +39,7 @@ def test_several_requests_at_a_time():
 
 
 def test_list_every_sol():
-    global little, quick, server, stack, tmp
+    global feed, little, quick, server, stack, tmp
     quick = dict(rate=1000, wait=.01, patience=.3)
     tmp = Path(tempfile.mkdtemp())
     stack = ExitStack()
@@ -54,6 +55,14 @@ def test_list_every_sol():
 
 
 def test_choose():
+    one = dict(rows=[dict(id='a'), dict(id='b')], odd={}, stated=2, found=2)
+    two = dict(rows=[dict(id='c')], odd={'d': 'no address'}, stated=3, found=2)
+    for sol,page in {3: one, 12: two}.items(): write_json(tmp/f'hand/.fetch/{sol:05d}.json', page)
+    odd = {}
+    short = []
+    test_eq([row['id'] for row in _listed_rows(tmp/'hand', [3, 12], odd, short)], ['a', 'b', 'c'])
+    test_eq((odd, short), ({'d': 'no address'}, [12]))
+
     def drawn(sols, **kwargs): return [row['id'] for row in chosen(little, sols, 3, **kwargs)[0]]
 
     test_eq(drawn([8, 7]), drawn([7, 8]))
@@ -63,6 +72,14 @@ def test_choose():
 
 
 def test_fetch():
+    photo = tmp/'photo.png'
+    Image.new('RGB', (8, 8)).save(photo)
+    _check(photo, None)
+    _check(photo, digest(photo))
+    with expect_fail(Fault, 'not 0000... as in the manifest'): _check(photo, '0000')
+    photo.write_bytes(b'<html>')
+    with expect_fail(Fault, 'no whole image'): _check(photo, None)
+
     rows = chosen(little, [7, 8])[0]
     gone = urlsplit(rows[0]['url']).path
     jpeg = server.files.pop(gone)
@@ -92,10 +109,16 @@ def test_fetch():
 
 
 def test_all_of_it_together():
-    global server
+    global feed, server
     with expect_fail(MarsclrError, '1 sols cannot be listed, so nothing can be drawn yet'):
         _choose(little, [7, 8], {9: 'is gone'}, images=3, seed=42)
     test_eq(len(_choose(little, [7, 8], {}, images=3, seed=42)[0]), 3)
+
+    with patch.dict(_sols_there.__globals__, latest_sol=lambda *asked: 8):
+        test_eq(list(_sols_there(None, feed, 7, 99)), [7, 8])
+        test_eq(list(_sols_there(None, feed, 8, 8)), [8])
+        with expect_fail(MarsclrError, 'sol 9 is still to come: the newest of perseverance is 8'):
+            _sols_there(None, feed, 9, 12)
 
     feed = feeds['perseverance']
     asked = dict(rover='perseverance', sols=[7, 7], cameras=feed.cameras, size=feed.default_size,

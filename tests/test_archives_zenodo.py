@@ -16,11 +16,13 @@ from marsclr.engine.reading import formats
 import sys
 import io, tempfile
 from dataclasses import replace
+from types import SimpleNamespace
+from unittest.mock import patch
 from fastcore.test import *
 from marsclr.archives.marsyard import write_marsyard
 from stand_in import StandIn
 from marsclr.archives.zenodo import *
-from marsclr.archives.zenodo import _is_wanted
+from marsclr.archives.zenodo import _check_inside, _check_room, _check_zip_there, _drop_outer_folder, _fault_of, _is_wanted
 
 needs_real_images = pytest.mark.skipif(not os.environ.get('MARSCLR_DATA'), reason='needs real images: set MARSCLR_DATA')
 
@@ -29,11 +31,42 @@ def test_out_of_a_zip_file_and_nowhere_else():
     global tmp
     sys.path.append('../../tests')  # the stand-in server is a tool of the tests
 
+    def entry_of(name, mode=0, bits=0):
+        entry = zipfile.ZipInfo(name)
+        entry.external_attr = mode << 16
+        entry.flag_bits = bits
+        return entry
+
+    for name in ('../a', 'a/../b', '/a', 'C:/a', 'a\nb'):
+        test_eq(_fault_of(entry_of(name)), 'would leave the folder')
+    test_eq(_fault_of(entry_of('a', stat.S_IFLNK)), 'is a link or a device')
+    test_eq(_fault_of(entry_of('a', bits=1)), 'is encrypted')
+    for name in ('a', 'a..b', '.a', 'b/c.jpg'): test_eq(_fault_of(entry_of(name, stat.S_IFREG)), '')
+
     assert _is_wanted(zipfile.ZipInfo('folder/a.jpg'))
     assert not _is_wanted(zipfile.ZipInfo('folder/'))
     assert not _is_wanted(zipfile.ZipInfo('__MACOSX/folder/a.jpg'))
 
     tmp = Path(tempfile.mkdtemp())
+
+    def left_after(*names):
+        "What lies in a folder after its outer folder was dropped"
+        with tempfile.TemporaryDirectory() as d:
+            folder = Path(d)/'unpacked'
+            for name in names:
+                (folder/name).parent.mkdir(parents=True, exist_ok=True)
+                (folder/name).touch()
+            _drop_outer_folder(folder, [zipfile.ZipInfo(name) for name in names])
+            return sorted(path.relative_to(folder).as_posix() for path in folder.rglob('*.txt'))
+
+    test_eq(left_after('top/a.txt', 'top/b/c.txt'), ['a.txt', 'b/c.txt'])
+    test_eq(left_after('top/top/a.txt'), ['top/a.txt']) # one folder, not two
+    for names in (['a.txt'], ['one/a.txt', 'two/b.txt'], ['a.txt', 'top/b.txt']):
+        test_eq(left_after(*names), names)
+
+    (tmp/'abc').write_bytes(b'abc')
+    _check_inside('a.zip', tmp, {'abc': '900150983cd24fb0d6963f7d28e17f72'})
+    with expect_fail(MarsclrError, 'a.zip: abc has md5 9001'): _check_inside('a.zip', tmp, {'abc': '0'})
 
     def make_zip(**entries):
         with zipfile.ZipFile(tmp/'a.zip', 'w', zipfile.ZIP_DEFLATED) as z:
@@ -76,6 +109,15 @@ def test_a_record_of_zenodo():
     test_eq(site('https://zenodo.org'), 'http://here')
     del os.environ['MARSCLR_MIRROR']
     test_eq(site('https://zenodo.org'), 'https://zenodo.org')
+
+    zipped = tmp/'abc' # of an earlier try
+    _check_zip_there(zipped, dict(checksum='md5:900150983cd24fb0d6963f7d28e17f72'))
+    with expect_fail(MarsclrError, 'remove it, and the same command fetches it'):
+        _check_zip_there(zipped, dict(checksum='md5:0'))
+    with patch('shutil.disk_usage', lambda folder: SimpleNamespace(free=2*10**9)):
+        _check_room(zipped, .9*10**9)
+        with expect_fail(MarsclrError, 'has 2.0 GB left, abc needs 2.2: make room'):
+            _check_room(zipped, 10**9)
 
     def zip_folder(folder):
         buffer = io.BytesIO()
@@ -145,6 +187,11 @@ def test_a_record_of_zenodo_on_real_images():
 
 
 def test_a_share_of_imagenet():
+    test_eq(draw_rank('a.jpg', 42), hashlib.sha256(b'42 a.jpg').hexdigest())
+    ranks = [draw_rank(f'{i}.jpg', 42) for i in range(1000)]
+    below_half = sum(rank < '8' for rank in ranks)
+    assert 450 < below_half < 550 # as good as random
+
     names = [f'n{c:08d}/{i}.JPEG' for c in range(10) for i in range(10 if c else 2)]
     test_eq(draw(names, 1)[:5], draw(names[::-1], 1)[:5])
     assert draw(names, 1)[:5] != draw(names, 2)[:5]

@@ -10,25 +10,36 @@ from torch.utils.data import DataLoader
 from marsclr.archives.marsyard import marsyard
 from marsclr.engine.packing import Pack
 from types import SimpleNamespace
+from unittest.mock import patch
 from fastcore.test import *
 from marsclr.study.measuring import *
 
 
 def test_on_which_machine():
+    assert processor() and '\n' not in processor()
+    with patch.object(Path, 'exists', lambda path: False): # where there is no such file
+        test_eq(processor(), platform.processor())
+
     test_eq(installed_version('no-such-package'), 'not installed')
     test_eq(installed_version('numpy'), np.__version__)
-    assert processor()
-    assert '\n' not in processor()
+
+    test_eq([on_gpu(device) for device in ('cpu', 'cuda', 'cuda:1')], [False, True, True])
+    assert on_gpu(torch.device('cuda')) and not on_gpu(torch.device('meta'))
 
     here = machine()
     test_eq(here['torch'], installed_version('torch'))
     assert set(peers) <= set(here) and here['cores'] >= here['threads']
     assert 'gpu' not in here
-    test_eq([on_gpu(device) for device in ('cpu', 'cuda', 'cuda:1')], [False, True, True])
     here
 
 
 def test_time():
+    with patch('torch.cuda.synchronize') as waited:
+        wait_for('cpu')
+        test_eq(waited.call_count, 0) # there is nothing to wait for
+        wait_for('cuda')
+        test_eq(waited.call_count, 1)
+
     called = []
     assert .02 < seconds_a_call(lambda: called.append(time.sleep(.02)), calls=3) < 2
     test_eq(len(called), 3)
@@ -83,15 +94,24 @@ def test_memory():
     test_eq(np.isnan(list(measure_alone('', 'raise MemoryError').values())).tolist(), [True, True])
     alone
 
+    played = dict(synchronize=lambda: None, reset_peak_memory_stats=lambda: None,
+                  memory_allocated=lambda: 2**20, max_memory_allocated=lambda: 3*2**20)
+    called = []
+    with patch.multiple('torch.cuda', **played): test_eq(gpu_peak(lambda: called.append(1)), 2)
+    test_eq(called, [1])
+
 
 def test_what_to_measure_on():
     pack = yard_images(20, 32, different=8)
     test_eq(len(pack), 20)
     test_eq(pack[np.array([3])], pack[np.array([11])])
+    assert (pack[np.array([3])] != pack[np.array([4])]).any()
+    test_eq(len(yard_images(3, 32)), 3)
+
     pictures = Pictures(pack, np.asarray)
     test_eq(len(pictures), 20)
     test_eq(pictures[3], pack[np.array([3])][0].numpy())
-    test_eq(len(yard_images(3, 32)), 3)
+    test_eq(Pictures(pack, lambda image: image.size)[0], (32, 32))
 
     torch.manual_seed(0)
     batches = list(worker_loader(range(20), 8, workers=0))

@@ -22,6 +22,9 @@ def test_the_loss():
     z = torch.tensor([[1., 0], [0, 1], [1, 0], [0, 1]])
     test_close(matrix_loss(z).item(), np.log(np.exp(2)+2)-2, eps=1e-6)
 
+    test_close(our_loss(z, .5)().item(), np.log(np.exp(2)+2)-2, eps=1e-6)
+    test_close(our_loss(z, 1)().item(), np.log(np.exp(1)+2)-1, eps=1e-6)
+
     z = torch.randn(64, 8, generator=torch.Generator().manual_seed(1))
     values = {name: loss().item() for name,loss in loss_functions(z).items()}
     test_close(list(values.values()), [values['marsclr']]*len(values), eps=1e-5)
@@ -55,7 +58,12 @@ def test_augmentation():
     decoded = from_jpeg(jpeg(image))
     test_eq(decoded.size, (32, 32))
     assert np.abs(np.asarray(decoded, int) - np.asarray(image)).mean() < 5
-    test_eq(compose(transforms, 16)(image).size, (16, 16))
+
+    views = [np.asarray(compose(transforms, 16)(image)) for _ in range(2)]
+    test_eq([view.shape for view in views], [(16, 16, 3)]*2)
+    assert (views[0] != views[1]).any()
+    first = transforms.Lambda(lambda image: Image.new('RGB', image.size)) # black, whatever comes
+    test_eq(np.asarray(compose(transforms, 16, first=[first])(image)).max(), 0)
 
     images, _ = marsyard(16, size=96)
     pictures = [Image.fromarray(image) for image in images]
@@ -69,9 +77,13 @@ def test_augmentation():
     first = make_views()
     test_is(make_views(), first) # written over
 
+    more = cpu_augmentations(pictures, tensors, 64)
+    test_eq(list(more)[0], 'lightly, no blur')
+    from_files = more['torchvision, PIL, from 1024 px JPEG']()
+    test_eq([view.shape for view in from_files()], [(3, 64, 64)]*16)
+
     few = augment_cases(images, 64)
     test_eq(len(few), 7)
-    test_eq(list(cpu_augmentations(pictures, tensors, 64))[0], 'lightly, no blur')
     test_eq(few['marsclr']().shape, (16, 3, 64, 64))
     test_eq(few['torchvision, PIL']()[0].shape, (3, 64, 64))
     test_eq(len(few['lightly, no blur']())*2, 16)

@@ -21,6 +21,12 @@ from marsclr.study.training_step import *
 
 def test_the_floor():
     global pack
+    ones = torch.ones(2, 512)
+    before = model_of('resnet10t').head(ones)
+    drawn = torch.rand(1)
+    test_eq(model_of('resnet10t').head(ones), before)
+    assert drawn != torch.rand(1) # the generator of everybody else is not set back
+
     pack = yard_images(48, 48)
     views = two_views(pack, 32, 16)
     test_eq(views.shape, (32, 3, 32, 32))
@@ -29,14 +35,13 @@ def test_the_floor():
     test_eq(two_views(pack, 32, 16), views)
 
     model = model_of('resnet10t')
-    before = model_of('resnet10t').head(torch.ones(2, 512))
     step = step_of(model, NTXentLoss())
     step(two_views(pack, 32, 16), torch.arange(16).repeat(2))
-    test_eq(model_of('resnet10t').head(torch.ones(2, 512)), before)
-    assert not torch.equal(model.head(torch.ones(2, 512)), before)
+    assert not torch.equal(model.head(ones), before) # a step has been made
 
 
 def test_the_loops():
+    global learn
     learn = our_learner(pack, 'resnet10t', 32, 16)
     test_eq(len(learn.dls.train), 3)
     fit_quietly(learn, 2)
@@ -82,6 +87,17 @@ def test_where_the_time_goes():
 
 
 def test_what_a_step_asks_for():
+    global learn
+    class Noted:
+        def __init__(self): self.at = []
+        def __enter__(self): self.at.append(learn.iter)
+        def __exit__(self, *error): self.at.append(learn.iter)
+
+    noted = Noted()
+    learn = our_learner(pack.where(np.arange(96) % 48), 'resnet10t', 32, 16) # six steps
+    fit_quietly(learn, cbs=CountSteps(noted))
+    test_eq(noted.at, [1, 5]) # four whole steps
+
     found = steps_counted(our_learner(pack, 'resnet10t', 32, 16))
     test_eq(list(found), ['operations'])
     test_eq(steps_counted(our_learner(pack.where(np.arange(96) % 48), 'resnet10t', 32, 16)), found)
