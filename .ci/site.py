@@ -97,6 +97,6 @@ if __name__ == '__main__':
     elif sys.argv[1:2] == ['look'] and len(sys.argv) in (3, 4):
         import site_look
         report(site_look.look(sys.argv[2], *map(Path, sys.argv[3:])))
-        print(f'{len(site_look.PAGES)} pages and an atlas looked at, '
+        print(f'{len(site_look.all_pages(SITE))} pages and an atlas looked at, '
               f'{" and ".join(map(str, site_look.WIDTHS))} px wide')
     else: sys.exit(__doc__)

@@ -12,9 +12,6 @@ from urllib.parse import urlsplit
 
 ROOT = Path(__file__).resolve().parent.parent
 SITE = ROOT/'_proc'/'_docs'
-LESSONS = ['datasets', 'augmentations', 'losses', 'training', 'linear_evaluation', 'clustering',
-           'texture', 'false_negatives', 'diagnosis', 'distributed', 'atlas', 'reproduction']
-PAGES = ['index', 'start', 'usage', *LESSONS, 'engine/views', 'study/figure3']
 WIDTHS = [1280, 400]  # CSS pixels: a laptop, a telephone
 CHAPTERS = ['Lessons', 'Engine', 'Archives', 'Study']
 
@@ -110,6 +107,11 @@ def katex_from_npm(script:str, folder:Path) -> Path|None:
 
 
 # --- pages
+
+def all_pages(site:Path) -> list[str]:
+    "The pages of a site, without their suffix."
+    return sorted(o.relative_to(site).with_suffix('').as_posix() for o in site.rglob('*.html'))
+
 
 ALL_DRAWN = """() => [...document.querySelectorAll('.math')]
     .every(e => e.querySelector('.katex, mjx-container'))"""
@@ -222,7 +224,7 @@ def look_for_atlas(chromium:str, pictures:Path|None) -> list[str]:
 
 
 def look(chromium:str, pictures:Path|None=None) -> list[str]:
-    "Faults of PAGES in each width of WIDTHS, and of an atlas; two processes share the work."
+    "Faults of all pages in each width of WIDTHS, and of an atlas; two processes share the work."
     script = formula_script(SITE)
     online = not script or reached(script)
     katex = None if online else katex_from_npm(script, ROOT/'_proc'/'katex')
@@ -231,7 +233,8 @@ def look(chromium:str, pictures:Path|None=None) -> list[str]:
     if pictures: pictures.mkdir(parents=True, exist_ok=True)
     with multiprocessing.get_context('fork').Pool(2) as pool:
         jobs = [pool.apply_async(look_for_atlas, [chromium, pictures])]
-        for part in PAGES[::2], PAGES[1::2]:
+        pages = all_pages(SITE)
+        for part in pages[::2], pages[1::2]:
             args = chromium, look_at_pages, pictures, part, online, katex
             jobs.append(pool.apply_async(in_a_browser, args))
         return sum([job.get() for job in jobs], [])
