@@ -17,7 +17,7 @@ from marsclr.engine.files import read_json
 from marsclr.engine.packing import marsclr_pack
 from stand_in import rover_stand_in
 from marsclr.archives.fetch import *
-from marsclr.archives.fetch import _check_options, _check_size, _kind, _report, _rover_request
+from marsclr.archives.fetch import _check_fetcher, _check_options, _check_size, _fetch_imagenet, _kind, _report, _rover_request
 
 
 def test_the_papers_sets():
@@ -52,8 +52,9 @@ def test_what_was_asked_for():
         _check_options('msl', 'zenodo', dict(from_='', seed=7))
 
     test_eq((read_sols('10-400'), read_sols('7')), ((10, 400), (7, 7)))
-    for wrong in ('400-10', 'all', '-5', ''):
+    for wrong in ('400-10', 'all', '-5', '', '1-2-3', '123456'):
         with expect_fail(MarsclrError, 'give a range'): read_sols(wrong)
+
     test_eq(read_cameras('navcam_left, MCZ_LEFT', 'perseverance'), ['NAVCAM_LEFT', 'MCZ_LEFT'])
     with expect_fail(MarsclrError, 'near to it: MAST_LEFT'): read_cameras('MAST_LEF', 'curiosity')
 
@@ -65,6 +66,15 @@ def test_what_was_asked_for():
 
 
 def test_the_command():
+    _check_fetcher(4, 0, rate=4., wait=.01)
+    for wrong in (0, -1, float('nan'), float('inf')):
+        with expect_fail(MarsclrError, f'--rate {wrong}: give more than 0'):
+            _check_fetcher(4, 0, rate=wrong)
+    with expect_fail(MarsclrError, '--connections 0'): _check_fetcher(0, 0)
+    for from_,images in (('', 10), ('folder', 0)):
+        with expect_fail(MarsclrError, 'imagenet needs --from, the folder of a copy, and --images'):
+            _fetch_imagenet('', dict(from_=from_, images=images))
+
     tmp = Path(tempfile.mkdtemp())
     fast = '--rate 1000 --wait .01 --patience .3'.split()
     for rover in feeds:

@@ -39,6 +39,12 @@ def test_what_an_answer_has_to_be():
 
 
 def test_whose_turn_is_it():
+    hasty = Fetcher()
+    hasty.pause(-1) # its turn is over already
+    hasty.stop.set()
+    for seconds in (0, 60):
+        with expect_fail(Fault, 'stopped'): hasty.pause(seconds)
+
     slow = Fetcher(rate=.1)
     test_eq([round(slow.reserve_slot()) for _ in range(3)], [0, 10, 20])
     slow.reserve_slot(closed_for=60)
@@ -48,6 +54,13 @@ def test_whose_turn_is_it():
 
 
 def test_one_try():
+    with StandIn({'/a.jpg': b'0123456789'}) as server:
+        fetcher = Fetcher()
+        with expect_fail(Fault, 'status 404'), fetcher.answer(server.url+'/b.jpg'): pass
+        test_eq(list(fetcher.hosts), [urlsplit(server.url).netloc])
+        with fetcher.answer(server.url+'/a.jpg') as response:
+            test_eq((response.status_code, response.content), (200, b'0123456789'))
+
     def once(fetcher, **faults):
         with StandIn({'/a.jpg': b'0123456789'*9}, **faults) as server:
             with fetcher.answer(server.url+'/a.jpg') as response:
@@ -63,6 +76,19 @@ def test_try_wait_try_again():
     assert _no_connection(unreached)
     assert not _no_connection(requests.ReadTimeout())
     test_eq(_reason(unreached), 'refused')
+
+    def waits(*, tries=1, e=unreached, **silent):
+        "Is it waited for the network, where hosts have been silent for so many seconds?"
+        fetcher = Fetcher(outage=100)
+        fetcher.hosts = {host: time.monotonic()-seconds for host,seconds in silent.items()}
+        return fetcher._wait_for_network(e, 'http://nasa/a.jpg', tries)
+
+    test_eq(waits(tries=0), False) # once more
+    with expect_fail(Offline, 'no connection to nasa (refused): check the network'): waits()
+    test_eq(waits(nasa=5), True)
+    with expect_fail(Offline, 'no connection to nasa for 3 minutes'): waits(nasa=200)
+    test_eq(waits(zenodo=5), False) # the network is there, so the address is to blame
+    test_eq(waits(nasa=5, e=requests.ReadTimeout()), False)
 
     waits = [Fetcher(wait=1)._seconds_to_wait(Fault('x'), tries) for tries in range(1, 9)]
     assert all(.5*2**k <= wait <= 2**k for k,wait in enumerate(waits[:6]))

@@ -22,6 +22,7 @@ from marsclr.datasets import image_folder, msl
 from marsclr.engine.embed import marsclr_embed
 from marsclr.engine.packing import pack_archive
 from marsclr.engine.labeling import *
+from marsclr.engine.labeling import _csv_name, _write_csv
 
 
 def test_features():
@@ -140,6 +141,14 @@ def test_folders_of_classes():
 
 
 def test_the_command():
+    test_eq(_csv_name('mars.pack', '', 'todo'), Path('mars.todo.csv'))
+    with expect_fail(MarsclrError, '--to a.txt: give a name that ends in .csv'):
+        _csv_name('mars.pack', 'a.txt', 'todo')
+    odd = pd.DataFrame(dict(path=['caf\udce9.jpg'])) # a name that is no UTF-8
+    _write_csv(odd, tmp/'odd.csv')
+    test_eq((tmp/'odd.csv').read_bytes(), b'path\ncaf\xe9.jpg\n')
+    with expect_fail(MarsclrError, 'odd.csv exists'): _csv_name('mars.pack', tmp/'odd.csv', 'todo')
+
     bare = pack_archive(image_folder(tmp/'yard'), tmp/'bare.pack', 48)
     answers = dict(zip(yard.table.path, np.array(yard.classes)[truth]))
 

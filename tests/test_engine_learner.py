@@ -15,9 +15,10 @@ from marsclr.engine.files import MarsclrError, file_lock, on_signal
 from marsclr.engine.packing import Pack
 from marsclr.engine.processes import rank, world_size
 from marsclr.engine.randomness import addressed_uniform, epoch_order
-import shutil, tempfile, time
+import os, shutil, tempfile, time
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import patch
 from fastai.data.core import DataLoaders
 from fastai.optimizer import OptimWrapper
 from fastai.torch_core import to_detach
@@ -28,6 +29,7 @@ from marsclr.archives.marsyard import write_marsyard
 from marsclr.datasets import msl
 from marsclr.engine.packing import pack_archive
 from marsclr.engine.learner import *
+from marsclr.engine.learner import _in_run_folder
 
 
 def test_a_loader_with_a_place():
@@ -50,6 +52,14 @@ def test_a_loader_with_a_place():
     with expect_fail(ZeroDivisionError): next(numbers)
     test_eq(list(read_ahead(reciprocal, [])), [])
 
+    check_batch_size(256, 256)
+    with expect_fail(MarsclrError, 'give at least 1'): check_batch_size(0, 256)
+    with expect_fail(MarsclrError, '257 images is larger than the pack (256 images)'):
+        check_batch_size(257, 256)
+    with patch.dict(check_batch_size.__globals__, world_size=lambda: 3):
+        check_batch_size(33, 256)
+        with expect_fail(MarsclrError, 'cannot be divided among 3 processes'): check_batch_size(32, 256)
+
     tmp = Path(tempfile.mkdtemp())
     pack = pack_archive(msl(write_marsyard(tmp/'yard', n=256, size=32)), tmp/'pack', size=32)
     loader = PackLoader(pack, 32, device='cpu')
@@ -62,7 +72,6 @@ def test_a_loader_with_a_place():
         given = [rows.tolist() for _,rows in loader]
         test_eq(given, loader.rows(0)[loader.start:].tolist())
     with expect_fail(MarsclrError, 'larger than the pack'): PackLoader(pack, 512)
-    with expect_fail(MarsclrError, 'give at least 1'): PackLoader(pack, 0)
 
 
 def test_a_learner_that_starts_anywhere():
@@ -76,6 +85,16 @@ def test_a_learner_that_starts_anywhere():
     nowhere = [torch.empty((), device='meta')]
     test_eq(smoothed(SmoothLoss(), nowhere).device.type, 'meta')
     with expect_fail(NotImplementedError): smoothed(AvgSmoothLoss(), nowhere)
+
+    learn = SimpleNamespace(run_folder=SimpleNamespace(path=tmp/'run'))
+    with _in_run_folder(learn):
+        os.kill(os.getpid(), signal.SIGTERM)
+        test_eq(learn.asked_to_stop, signal.SIGTERM)
+        with expect_fail(MarsclrError, 'is in use by another process'), file_lock(tmp/'run'): pass
+    with expect_fail(KeyboardInterrupt), _in_run_folder(learn):
+        for _ in range(2): os.kill(os.getpid(), signal.SIGINT)
+    test_eq(learn.asked_to_stop, signal.SIGINT)
+    with _in_run_folder(SimpleNamespace()): pass # no folder, no lock
 
     class DtypeOfPredictions(Callback):
         "Note the number format of what the model gives"

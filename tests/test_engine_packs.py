@@ -10,7 +10,7 @@ from marsclr.datasets import columns, join_classes, make_table
 import shutil, tempfile
 from fastcore.test import *
 from marsclr.engine.packs import *
-from marsclr.engine.packs import _every_image
+from marsclr.engine.packs import _completed, _every_image
 
 
 def test_the_pack():
@@ -23,6 +23,12 @@ def test_the_pack():
     test_ne(fingerprint(files, 64), fingerprint(files.assign(x=0, y=0), 64))
     test_ne(fingerprint(files, 64), fingerprint(files, 64, 'range 0 4000'))
     test_eq(fingerprint(files, 64), 'ede5b5c6495d97fa')
+
+    bare = pd.DataFrame(dict(path=['0003ML0000000370100057E01_DRCL.jpg', 'b.jpg']), index=[5, 9])
+    whole = _completed(bare, 'mars')
+    test_eq((set(whole), whole.index.tolist()), (set(columns), [5, 9]))
+    test_eq((whole.sol.tolist(), whole.label.tolist()), ([3, -1], [-1, -1]))
+    assert _completed(whole, 'mars') is whole
 
     two = [np.zeros((2, 8, 8, 3), np.uint8), np.zeros((1, 8, 8, 3), np.uint8)]
     test_eq(_every_image(two).tolist(), [[0, 0], [0, 1], [1, 0]])
@@ -43,8 +49,6 @@ def test_the_pack():
     test_eq(unhashed.table.sha256.nunique(), 2)
     test_eq(unhashed.table.label.tolist(), [-1]*5)
     test_eq(set(unhashed.table), {*columns, 'sha256'})
-    rover = Pack([dark], pd.DataFrame(dict(path=['0003ML0000000370100057E01_DRCL.jpg', 'b.jpg'])))
-    test_eq(rover.table.sol.tolist(), [3, -1])
     unhashed.fingerprint
 
     two_rows = five.table.iloc[:2]

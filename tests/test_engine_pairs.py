@@ -50,6 +50,12 @@ def test_near_duplicates():
     test_close(apart[0], torch.tensor([-2**-.5, -2**-.5]), eps=1e-6)
     test_close(apart.norm(dim=1), torch.ones(3), eps=1e-6)
 
+    angles = torch.tensor([0., .1, 2, 2.3]) # of four directions
+    around = torch.stack([angles.cos(), angles.sin()], 1)
+    similarity,row = nearest_other(around, np.array([3, 0]))
+    test_eq(row, [2, 1])
+    test_close(similarity, np.cos([.3, .1]), eps=1e-6)
+
     near = near_duplicates(pack, thumbs, 200)
     z = centred(thumbs)
     full = (z @ z.T).fill_diagonal_(-1).max(1)

@@ -13,9 +13,11 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from marsclr.engine.files import MarsclrError, on_signal
 import shutil, tempfile
 from textwrap import fill, indent
+from types import SimpleNamespace
+from unittest.mock import patch
 from fastcore.test import *
 from marsclr.engine.processes import *
-from marsclr.engine.processes import _defaults, _launch_arguments
+from marsclr.engine.processes import _defaults, _launch_arguments, _pass_on
 
 
 def test_how_many_and_which_am_i():
@@ -27,11 +29,28 @@ def test_how_many_and_which_am_i():
 
 def test_starting_them():
     global in_two, tmp
+    def cause_of(message, exitcode=1):
+        failure = SimpleNamespace(message=message, exitcode=exitcode)
+        return cause(SimpleNamespace(get_first_failure=lambda: (1, failure)))
+
+    test_eq(cause_of(dict(message='no room\n  left')), 'process 1 failed first: no room left')
+    test_eq(cause_of('', exitcode=3), 'process 1 failed first: exit status 3, see its lines above')
+    test_eq(cause_of('Signal 9', exitcode=-9), 'process 1 failed first: Signal 9')
+
     answers = _defaults(['--cpu'])
     test_eq([answers[name] for name in ('mixed_precision', 'dynamo_backend')], ['no', 'no'])
     test_eq('mixed_precision' in _defaults(['--mixed-precision=bf16']), False)
     assert 'main_process_port' not in _defaults(['--num_machines', '2'])
     assert 'num_machines' not in _defaults(['--config_file', 'a.yaml'])
+
+    told = []
+    child = SimpleNamespace(send_signal=told.append)
+    def with_children(*children): return patch('psutil.Process.children', lambda self: children)
+
+    with with_children(child):
+        for number in (signal.SIGTERM, signal.SIGINT): _pass_on(number, None)
+    test_eq(told, [signal.SIGTERM]) # of Ctrl-C the child knows
+    with with_children(), expect_fail(SignalException, 'stopped'): _pass_on(signal.SIGTERM, None)
 
     before = os.environ.pop('ACCELERATE_USE_CPU', None)
     args = _launch_arguments(['--cpu', '--num_processes', '2', 'program.py'])

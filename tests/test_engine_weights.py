@@ -20,6 +20,13 @@ from marsclr.engine.weights import *
 
 def test_what_is_kept():
     global encoder, folder, images, tmp
+    vit = timm.create_model('vit_tiny_patch16_224')
+    test_eq(input_stats(vit), ((.5,)*3, (.5,)*3))
+    test_eq(input_stats(nn.Sequential(nn.Flatten(), vit)), input_stats(vit)) # one with it inside
+    usual = tuple(map(tuple, imagenet_stats))
+    test_eq(input_stats(timm.create_model('resnet18')), usual)
+    test_eq(input_stats(nn.Linear(1, 1)), usual) # where timm says nothing
+
     encoder = create_encoder('resnet18').eval()
     images = torch.randn(4, 3, 64, 64)
     folder = tempfile.TemporaryDirectory()
@@ -39,6 +46,17 @@ def test_what_is_kept():
 
 
 def test_reading():
+    save_file(dict(a=torch.ones(2)), tmp/'bare.safetensors')
+    test_eq(read_weights(tmp/'bare.safetensors')[1], None) # it does not say
+    test_eq(read_weights(tmp/'encoder.safetensors')[1], input_stats(encoder))
+    torch.save(dict(epoch=3, state_dict=dict(a=torch.ones(2))), tmp/'run.pth')
+    tensors,told = read_weights(tmp/'run.pth')
+    test_eq((list(tensors), told), (['a'], None))
+    two_colours = dict(normalisation='[[0.5, 0.5], [1, 1]]')
+    save_file(dict(a=torch.ones(2)), tmp/'bad.safetensors', two_colours)
+    with expect_fail(MarsclrError, 'normalisation is not of three colours'):
+        read_weights(tmp/'bad.safetensors')
+
     ours = load_weights(create_encoder('resnet18'), tmp/'encoder.safetensors').eval()
     with torch.no_grad(): test_eq(ours(images), encoder(images))
     with expect_fail(MarsclrError, 'damaged or of another backbone'):

@@ -79,6 +79,23 @@ def test_table_1_and_figure_1():
 
 
 def test_packs():
+    with tempfile.TemporaryDirectory() as folder, capture_output() as said:
+        archive = msl(write_marsyard(Path(folder)/'yard', n=20, size=32))
+        asked = []
+        toy = replace(yard, short='toy', reader=lambda: asked.append(1) or archive)
+        packs = [open_pack(toy, Path(folder), 32) for _ in range(2)]
+        test_eq((Path(folder)/'toy.pack').is_dir(), True)
+    test_eq(asked, [1]) # read once
+    test_eq(packs[0].fingerprint, packs[1].fingerprint)
+
+    with tempfile.TemporaryDirectory() as folder:
+        learn,test = draw_yards(Path(folder), 32, 20)
+        test_eq((learn.name, learn.short, test.name), ('pool', 'pool', 'MarsYard'))
+        test_eq(list(Path(folder).iterdir()), []) # nothing is drawn before it is asked for
+        archives = [each.reader() for each in (learn, test)]
+        test_eq([len(archive) for archive in archives], [20, 12])
+        assert not set(archives[0].table.path) & set(archives[1].table.path)
+
     tmp = Path(tempfile.mkdtemp())
     packs = make_packs('marsyard', tmp, 64, n=400)
     test_eq({name: len(pack) for name,pack in packs.items()}, {'pool': 400, 'MarsYard': 240})
@@ -92,8 +109,5 @@ def test_packs():
     test_eq(said.stdout, '')
     test_eq(again['MarsYard'].fingerprint, packs['MarsYard'].fingerprint)
     test_eq({name: pack.name for name,pack in again.items()}, dict.fromkeys(packs, 'MarsYard'))
-    learn,test = draw_yards(tmp, 64, 400)
-    test_eq((learn.name, learn.short, test.name), ('pool', 'pool', 'MarsYard'))
-    assert learn.reader().table.path.tolist() != test.reader().table.path.tolist()
     check_archives('marsyard') # has none
     shutil.rmtree(tmp)

@@ -9,6 +9,27 @@ from marsclr.study.homogeneity import yard_pack
 from marsclr.study.few_labels import *
 
 
+def test_two_kinds_of_draws():
+    thirty = pd.DataFrame(dict(label=[0]*20 + [1]*8 + [2]*2))
+    half = thirty.label[own_draw(thirty, 50, draw=0)]
+    test_eq(half.value_counts().to_dict(), {0: 10, 1: 4, 2: 1})
+    test_eq(thirty.label[own_draw(thirty, 1, 0)].value_counts().to_dict(), {0: 1, 1: 1, 2: 1})
+    draws = [set(own_draw(thirty, percent, 0)) for percent in (10, 50, 90)]
+    assert draws[0] < draws[1] < draws[2]
+
+    with tempfile.TemporaryDirectory() as folder:
+        lines = Path(folder)/'10pctTrain.txt'
+        paths = ['images/a.jpg', 'images/b.jpg', 'images/c.jpg']
+        named = pd.DataFrame(dict(path=paths), index=[4, 7, 9])
+        with expect_fail(MarsclrError, 'put the published label fractions there'):
+            published_draw(named, lines)
+        lines.write_text('a.jpg 3\nc.jpg 0\n')
+        test_eq(published_draw(named, lines).tolist(), [4, 9])
+        lines.write_text('a.jpg 3\nd.jpg 0\n')
+        with expect_fail(MarsclrError, 'names 2 images, 1 of them are train images'):
+            published_draw(named, lines)
+
+
 def test_the_table_of_a_probe():
     tmp = Path(tempfile.mkdtemp())
     yard = yard_pack(tmp/'yard.pack', n=160, seed=2, size=32, homogeneity=.3)

@@ -22,6 +22,7 @@ from fastcore.test import *
 from IPython.utils.capture import capture_output
 from marsclr.clustering import enough_purity
 from marsclr.study.purity import *
+from marsclr.study.purity import _markers, _purity_legend
 
 
 def test_three_ways_to_spoil_classes():
@@ -66,9 +67,6 @@ def test_a_point_of_the_curve():
 
 
 def test_what_it_says():
-    line = pd.DataFrame(dict(method='cluster-aware', how='wrong', purity=[.2, .6, 1], gain=[-6, -2, 2]))
-    test_close(break_even(line), .8)
-    assert np.isnan(break_even(line.assign(gain=1)))
     by_hand = pd.DataFrame(dict(seed=[1, 1, 2, 2], method=['DCL', 'cluster-aware']*2,
                                 how=['', 'wrong']*2, amount=0, purity=1., recall=1.,
                                 accuracy=[.5, .6, .5, .7]))
@@ -77,6 +75,15 @@ def test_what_it_says():
     third = by_hand[by_hand.seed == 1].assign(seed=3, accuracy=[.5, .65])
     three = gains_over_dcl(pd.concat([by_hand, third])).iloc[0]
     test_close(three[['gain', 'half']].tolist(), [15, 4.3027*5/3**.5], eps=1e-3)
+
+    line = pd.DataFrame(dict(method='cluster-aware', how='wrong', purity=[.2, .6, 1], gain=[-6, -2, 2]))
+    test_close(break_even(line), .8)
+    assert np.isnan(break_even(line.assign(gain=1)))
+
+    fig = plt.figure(layout='constrained')
+    _purity_legend(fig)
+    test_eq([text.get_text() for text in fig.legends[0].texts], [*losses_of, *_markers])
+    plt.close(fig)
 
 
 def test_the_whole_curve():

@@ -7,6 +7,7 @@ from marsclr.study.recipes import base_of, eq1, recipe_of
 from fastcore.test import *
 from marsclr.study.grid import read_cells
 from marsclr.study.summaries import *
+from marsclr.study.summaries import _over_seeds
 
 
 def test_seeds_and_test_images():
@@ -24,6 +25,14 @@ def test_seeds_and_test_images():
 
 
 def test_a_table_of_methods():
+    test_eq(_over_seeds(pd.Series([.62, .64, .66])), '64.0 ± 5.0') # 4.3 times 2/sqrt(3)
+    test_eq(_over_seeds(pd.Series([.62])), '62.0')
+
+    scores = method_scores(three[three.method == 'DCL'])
+    test_eq((scores['seeds'], scores['accuracy, over seeds']), (3, '64.0 ± 2.5'))
+    test_eq(scores['test images'], '± 5.0') # half of .65 less .55
+    test_eq((scores['macro f1'], scores['val accuracy']), ('30.0 ± 0.0', '60.0 ± 0.0'))
+
     said = summary(three)
     test_eq(said.loc['eq. 1', 'accuracy, over seeds'], '62.0 ± 5.0')
     test_eq(said.loc['DCL', 'less eq. 1'], '2.0 ± 2.5')

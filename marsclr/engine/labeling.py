@@ -243,6 +243,10 @@ def _csv_name(pack, to, kind):
     check_new(to)
     return to
 
+def _write_csv(table, to):
+    with atomic_write(to) as p: table.to_csv(p, index=False, errors='surrogateescape')
+
+# %% ../../nbs/engine/labeling.ipynb #8a073d08
 def _suggest(pack, features, n, to, seed):
     to = _csv_name(pack, to, 'todo')
     picture = to.with_suffix('.png')
@@ -256,9 +260,6 @@ def _suggest(pack, features, n, to, seed):
     counts = ', '.join(f'{count} {why}' for why,count in table.why.value_counts().items())
     print(f'{len(table)} images, one of a burst ({counts})\n'
           f'fill in the column label of {to}; {picture} shows them by line')
-
-def _write_csv(table, to):
-    with atomic_write(to) as p: table.to_csv(p, index=False, errors='surrogateescape')
 
 # %% ../../nbs/engine/labeling.ipynb #ea36487d
 def _draw_sheet(pack, table, to):
