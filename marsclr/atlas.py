@@ -22,6 +22,7 @@ from .engine.clusters import feature_clusters
 from .engine.commands import command
 from .engine.embed import by_image as mean_by_image, middle_tiles, named_encoder
 from .engine.encoders import encode, pick_device
+from .engine.export import SideBySide
 from .engine.files import (MarsclrError, atomic_write, check_new, digest, one_line,
                                   read_json, write_json)
 from .engine.packing import Pack, load_pack, pack_stem
@@ -169,7 +170,9 @@ def check_atlas(
 # %% ../nbs/11_atlas.ipynb #11at0025
 @command
 def marsclr_atlas(
-    run:str,          # run folder, or `imagenet` (needs the extra imagenet), or `random`
+    # run folder, or `imagenet` (needs the extra imagenet), or `random`; several, separated by
+    # commas, look at the images side by side
+    run:str,
     pack:str,         # pack folder, with or without labels
     to:str='',        # the folder to make; PACK.atlas by default (PACK without `.pack`)
     clusters:int=25,  # how many
@@ -202,20 +205,26 @@ def marsclr_atlas(
 
 # %% ../nbs/11_atlas.ipynb #11at0026
 def atlas_encoder(
-    run,          # run folder, or 'imagenet', or 'random'
+    run,          # run folder, or 'imagenet', or 'random'; several, separated by commas
     backbone:str, # timm name, for random weights
     seed:int,     # of random weights
 ): # a network in evaluation mode, images to features
-    "The encoder that looks at the archive"
-    return named_encoder(run, '' if run != 'random' else backbone, seed=seed)
+    "The encoder that looks at the archive; several are side by side, and count the same"
+    encoders = [named_encoder(name, backbone if name == 'random' else '', seed=seed)
+                for name in _names(run)]
+    return SideBySide(*encoders, unit=True).eval() if len(encoders) > 1 else encoders[0]
 
-def _is_run(run): return run not in ('random', 'imagenet')
+def _names(run): return [run] if Path(run).exists() else run.split(',')
 
-def _run_name(run): return str(Path(run).resolve()) if _is_run(run) else run
+def _is_run(name): return name not in ('random', 'imagenet')
+
+def _run_name(run):
+    return ','.join(str(Path(name).resolve()) if _is_run(name) else name for name in _names(run))
 
 def _weights_hash(run):
-    "A short hash of a run's encoder; empty where there is no run"
-    return digest(Path(run)/'encoder.safetensors')[:12] if _is_run(run) else ''
+    "Short hashes of the encoders of runs; empty where there is no run"
+    runs = [Path(name) for name in _names(run) if _is_run(name)]
+    return ','.join(digest(path/'encoder.safetensors')[:12] for path in runs)
 
 def _print_atlas(pack, to, features):
     "What was made, and how to look at it"
@@ -238,7 +247,7 @@ def open_atlas(
     if pack.fingerprint != told['images']:
         raise MarsclrError(f'{told["packed"]} holds other images than {folder} was made of: '
                            'make the atlas again with marsclr_atlas')
-    if _is_run(told['run']) and _weights_hash(told['run']) != told['weights']:
+    if _weights_hash(told['run']) != told['weights']:
         raise MarsclrError(f'{told["run"]} has changed since {folder} was made: '
                            'make the atlas again with marsclr_atlas')
     try:

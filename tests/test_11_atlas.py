@@ -13,6 +13,7 @@ from marsclr.engine.clusters import feature_clusters
 from marsclr.engine.commands import command
 from marsclr.engine.embed import by_image as mean_by_image, middle_tiles, named_encoder
 from marsclr.engine.encoders import encode, pick_device
+from marsclr.engine.export import SideBySide
 from marsclr.engine.files import MarsclrError, atomic_write, check_new, digest, one_line, read_json, write_json
 from marsclr.engine.packing import Pack, load_pack, pack_stem
 from marsclr.engine.reading import Reading, read_pieces
@@ -212,6 +213,17 @@ def test_an_atlas_as_a_folder():
     test_eq(np.load(atlas/'features.npy'), features.numpy())
     assert 'of the ten nearest neighbours are neighbours on the map' in out.stdout
     next(line.replace(str(tmp), '...') for line in out.stdout.splitlines() if 'open' in line)
+
+    beside = tmp/'beside.atlas'
+    with capture_output():
+        marsclr_atlas(['random,random', str(tmp/'yard.pack'), '--backbone', 'resnet10t',
+                       '--device', 'cpu', '--to', str(beside)])
+    doubled = np.load(beside/'features.npy')
+    test_eq(read_json(beside/'atlas.json')['run'], 'random,random')
+    test_eq(doubled.shape[1], 2*features.shape[1])
+    test_close(doubled[:, :512], unit_rows(features), eps=1e-3)
+    one_map,same_map = (pd.read_csv(each/'table.csv') for each in (atlas, beside))
+    print(f'{(one_map.cluster == same_map.cluster).mean():.0%} of the images are in the same cluster')
 
 
 def test_search_by_image():

@@ -3,6 +3,7 @@
 from copy import deepcopy
 from pathlib import Path
 import torch
+import torch.nn.functional as F
 from torch import nn
 from marsclr.engine.encoders import check_size, width
 from marsclr.engine.files import atomic_write
@@ -31,6 +32,13 @@ def test_two_encoders_as_one():
     test_close(x[:, :width(Stages(one))], encode(Stages(one), pack, device='cpu'), eps=.05)
     test_close(x[:, -width(two):], encode(two, pack, device='cpu'), eps=.05)
     x.shape
+
+    equal = encode(SideBySide(one, two, unit=True).eval(), pack, device='cpu')
+    alone = [F.normalize(encode(SideBySide(each).eval(), pack, device='cpu'), dim=1)
+             for each in (one, two)]
+    cosines = [x @ x.T for x in alone]
+    test_close(equal @ equal.T/2, (cosines[0] + cosines[1])/2, eps=1e-3)
+    print('first two images: {:.4f} and {:.4f}'.format(*(c[0,1] for c in cosines)))
 
 
 def test_one_file_that_torch_alone_can_load():

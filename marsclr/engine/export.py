@@ -10,6 +10,7 @@ from copy import deepcopy
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from .encoders import check_size, width
 from .files import atomic_write
@@ -20,8 +21,10 @@ class SideBySide(nn.Module):
     "Features of several encoders beside each other"
     def __init__(self,
         *encoders:nn.Module, # what `create_encoder` or `load_encoder` made, or `Stages` of it
+        unit=False, # scale the features of each to length one
     ):
         super().__init__()
+        self.unit = unit
         self.encoders = nn.ModuleList(encoders)
         self.num_features = sum(map(width, encoders))
         self.default_cfg = dict(mean=(0.,)*3, std=(1.,)*3)
@@ -33,7 +36,8 @@ class SideBySide(nn.Module):
     ) -> torch.Tensor: # (B, num_features) float32
         features = []
         for encoder,mean,std in zip(self.encoders, self.means, self.stds):
-            features.append(encoder((x-mean)/std).float())
+            found = encoder((x-mean)/std).float()
+            features.append(F.normalize(found, dim=1) if self.unit else found)
         return torch.cat(features, 1)
 
 # %% ../../nbs/engine/export.ipynb #982c8847
