@@ -127,10 +127,10 @@ def test_all_of_it_together():
     (tmp/'draw').mkdir()
     with rover_stand_in('perseverance', [7], each=3) as server:
         os.environ['MARSCLR_MIRROR'] = server.url
-        table,bad,short = _fetch_into(tmp/'all', asked, [7], Fetcher(**quick), 1, False)
-        test_eq((len(table), bad, short), (3, {}, []))
+        result = _fetch_into(tmp/'all', asked, [7], Fetcher(**quick), 1, False)
+        test_eq((len(result[0]), *result[1:]), (3, {}, []))
         drawn = _fetch_into(tmp/'draw', asked | dict(images=2), [7], Fetcher(**quick), 1, False)[0]
-    assert set(drawn.id) < set(table.id)
+    assert set(drawn.id) < set(result[0].id)
     test_eq([(tmp/name/'.fetch').exists() for name in ('all', 'draw')], [False, True])
 
     difficult = dict(cap=10, late=12, total_off=2)

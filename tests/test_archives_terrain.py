@@ -97,9 +97,9 @@ def test_a_canvas_to_draw_on():
     assert len({s.angle for s in styles}) == 100
     assert all(abs(s.tint/s.tint.mean()-1).max() < .05 for s in styles)
 
-    across,down = pixel_grid(3)
-    test_eq(across.tolist(), [[-1, 0, 1]]*3)
-    test_eq(down, across.T)
+    grid = pixel_grid(3)
+    test_eq(grid[0].tolist(), [[-1, 0, 1]]*3)
+    test_eq(grid[1], grid[0].T)
 
     style = make_style(0, 0)
     bursts = [Canvas(np.random.default_rng(seed), 8, style) for seed in range(200)]

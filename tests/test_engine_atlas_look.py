@@ -11,6 +11,7 @@ def test_the_elements():
     global ids
     ids = re.findall(r'id="(\w+)"', page_html.template)
     test_eq(len(set(ids)), len(ids))
+    assert page_html.template.startswith('<!DOCTYPE html>')
     variables = {name for _,name,*_ in Template.pattern.findall(page_html.template)}
     test_eq(variables, {'title', 'style', 'told', 'unread', 'data', 'script'})
     ids
@@ -89,6 +90,7 @@ const distances = [3, 30].map(clientX => {
 })
 """
     test_js(_places + _mouse + dragged, 'distances', [0, 30])
+    test_js(_places + _mouse + dragged, '(window.onpointerup(), held)', None) # let go
 
     turned = """
 fit()

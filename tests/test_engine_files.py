@@ -20,7 +20,7 @@ def test_one_line_when_the_input_is_wrong():
 
 def test_stopped_by_a_signal():
     asked = Stopped('step 5', by=signal.SIGINT)
-    test_eq((asked.code, asked.by), ('step 5', signal.SIGINT)) # `code`: what Python prints at the end
+    test_eq((asked.code, asked.by), ('step 5', signal.SIGINT))
     assert not issubclass(Stopped, Exception)
 
     before = signal.getsignal(signal.SIGTERM)
@@ -51,9 +51,9 @@ def test_whole_files_or_none():
                 check_writable(f'{d}/curiosity')
 
     with tempfile.TemporaryDirectory() as d, patch('os.fsync') as wait:
-        sync_to_disk(d) # a folder, whose list of names has to reach the disk, too
+        sync_to_disk(d)
         test_eq(wait.call_count, 1)
-        with expect_fail(OSError): os.fstat(wait.call_args[0][0]) # it is closed again
+        with expect_fail(OSError): os.fstat(wait.call_args[0][0])
         with expect_fail(FileNotFoundError): sync_to_disk(f'{d}/nowhere')
 
     with tempfile.TemporaryDirectory() as d:
@@ -61,7 +61,7 @@ def test_whole_files_or_none():
         new = missing_parents(Path(d)/'a/b/c/file')
         test_eq(new, [Path(d)/'a/b/c', Path(d)/'a/b'])
         new[0].mkdir(parents=True)
-        (Path(d)/'a/b/note').touch() # meanwhile, by somebody else
+        (Path(d)/'a/b/note').touch()
         remove_empty(new)
         test_eq([path.exists() for path in new], [False, True])
 
@@ -82,7 +82,7 @@ def test_whole_files_or_none():
     with tempfile.TemporaryDirectory() as d:
         write_json(f'{d}/a.json', {'seed': 1})
         test_eq(Path(f'{d}/a.json').read_text(), '{\n "seed": 1\n}\n')
-        with expect_fail(TypeError): write_json(f'{d}/a.json', {'seed': {2}}) # JSON has no sets
+        with expect_fail(TypeError): write_json(f'{d}/a.json', {'seed': {2}})
         test_eq(Path(f'{d}/a.json').read_text(), '{\n "seed": 1\n}\n')
 
     with tempfile.TemporaryDirectory() as d:

@@ -52,9 +52,9 @@ def test_near_duplicates():
 
     angles = torch.tensor([0., .1, 2, 2.3]) # of four directions
     around = torch.stack([angles.cos(), angles.sin()], 1)
-    similarity,row = nearest_other(around, np.array([3, 0]))
-    test_eq(row, [2, 1])
-    test_close(similarity, np.cos([.3, .1]), eps=1e-6)
+    found = nearest_other(around, np.array([3, 0]))
+    test_close(found[0], np.cos([.3, .1]), eps=1e-6)
+    test_eq(found[1], [2, 1])
 
     near = near_duplicates(pack, thumbs, 200)
     z = centred(thumbs)

@@ -49,7 +49,7 @@ def test_starting_them():
 
     with with_children(child):
         for number in (signal.SIGTERM, signal.SIGINT): _pass_on(number, None)
-    test_eq(told, [signal.SIGTERM]) # of Ctrl-C the child knows
+    test_eq(told, [signal.SIGTERM])
     with with_children(), expect_fail(SignalException, 'stopped'): _pass_on(signal.SIGTERM, None)
 
     before = os.environ.pop('ACCELERATE_USE_CPU', None)

@@ -50,8 +50,8 @@ def test_reading():
     test_eq(read_weights(tmp/'bare.safetensors')[1], None) # it does not say
     test_eq(read_weights(tmp/'encoder.safetensors')[1], input_stats(encoder))
     torch.save(dict(epoch=3, state_dict=dict(a=torch.ones(2))), tmp/'run.pth')
-    tensors,told = read_weights(tmp/'run.pth')
-    test_eq((list(tensors), told), (['a'], None))
+    of_torch = read_weights(tmp/'run.pth')
+    test_eq((list(of_torch[0]), of_torch[1]), (['a'], None))
     two_colours = dict(normalisation='[[0.5, 0.5], [1, 1]]')
     save_file(dict(a=torch.ones(2)), tmp/'bad.safetensors', two_colours)
     with expect_fail(MarsclrError, 'normalisation is not of three colours'):

@@ -85,13 +85,13 @@ def test_packs():
         toy = replace(yard, short='toy', reader=lambda: asked.append(1) or archive)
         packs = [open_pack(toy, Path(folder), 32) for _ in range(2)]
         test_eq((Path(folder)/'toy.pack').is_dir(), True)
-    test_eq(asked, [1]) # read once
+    test_eq(asked, [1])
     test_eq(packs[0].fingerprint, packs[1].fingerprint)
 
     with tempfile.TemporaryDirectory() as folder:
         learn,test = draw_yards(Path(folder), 32, 20)
         test_eq((learn.name, learn.short, test.name), ('pool', 'pool', 'MarsYard'))
-        test_eq(list(Path(folder).iterdir()), []) # nothing is drawn before it is asked for
+        test_eq(list(Path(folder).iterdir()), [])
         archives = [each.reader() for each in (learn, test)]
         test_eq([len(archive) for archive in archives], [20, 12])
         assert not set(archives[0].table.path) & set(archives[1].table.path)
