@@ -119,6 +119,53 @@ print(*out.tolist())
         test_close(dropped, grey, eps=1e-4)
         test_close(stored, [-2, 0, 2, 9], eps=1e-5) # (0, 1/2, 1 less 1/2)/(1/4); the last is outside
 
+    by_hand = """
+import torch, triton, triton.language as tl
+from marsclr.engine.view_kernel import jitter_block, mean_colour
+
+@triton.jit
+def mean(image, side, out, BLOCK:tl.constexpr):
+    whole = tl.load(side)
+    r, g, b = mean_colour(image, 4, 0, 0, whole, whole, False, 2, BLOCK)
+    tl.store(out, r)
+    tl.store(out + 1, g)
+    tl.store(out + 2, b)
+
+@triton.jit
+def jitter(mean_colours, factors, order, out):
+    one = tl.arange(0, 1)
+    mean_r = tl.load(mean_colours)
+    mean_g = tl.load(mean_colours + 1)
+    mean_b = tl.load(mean_colours + 2)
+    r, g, b = jitter_block(one*0. + 10, one*0. + 20, one*0. + 30, mean_r, mean_g, mean_b,
+                           factors, order)
+    tl.store(out + one, r)
+    tl.store(out + 1 + one, g)
+    tl.store(out + 2 + one, b)
+
+def show(kernel, *args, **constants):
+    out = torch.zeros(3)
+    kernel[(1,)](*args, out, **constants)
+    print(*out.tolist())
+
+steps = torch.tensor([0, 70, 140, 210], dtype=torch.uint8)
+image = torch.stack([steps[:,None].expand(4, 4), torch.full_like(steps, 7).expand(4, 4),
+                     steps.expand(4, 4)], 2).contiguous()
+for block in (2, 4, 8): show(mean, image, torch.tensor([4], dtype=torch.int32), BLOCK=block)
+half_and_third = torch.tensor([1, .5, 1, 1/3]) # contrast and hue
+for order in ([1, 3, 0, 2], [3, 1, 0, 2]):
+    show(jitter, torch.tensor([90., 30, 0]), half_and_third, torch.tensor(order))
+"""
+    if triton:
+        with tempfile.TemporaryDirectory() as folder: printed = in_new_process(by_hand, folder)
+        *means, contrast_first, hue_first = [list(map(float, line.split())) for line in
+                                             printed.splitlines()]
+        for mean in means: test_close(mean, [105, 7, 105], eps=1e-4)
+        before = (.2989*90 + .587*30)/2
+        after = (.587*90 + .114*30)/2
+        test_close(contrast_first, [15+before, 5+before, 10+before], eps=1e-3)
+        test_close(hue_first, [15+after, 5+after, 10+after], eps=1e-3)
+
 
 def test_the_same_views_as_by_the_matrices():
     comparison = """
