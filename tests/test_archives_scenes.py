@@ -6,7 +6,7 @@ import IPython.display
 from fastcore.test import *
 from marsclr.archives.terrain import contact_sheet
 from marsclr.archives.scenes import *
-from marsclr.archives.scenes import _cal_target, _drill_hole, _floats, _gravel, _landscape, _layers, _night_sky, _post_shadow, _ripples, _sun, _tracks, _tread, _veins, _wheel
+from marsclr.archives.scenes import _cal_target, _draw, _drill_hole, _floats, _gravel, _landscape, _layers, _night_sky, _post, _post_shadow, _ripples, _sun, _tracks, _tread, _veins, _wheel
 
 
 def test_ground():
@@ -81,6 +81,16 @@ def test_far_away_and_at_home():
     assert redness(wheel[:,36:60,36:60]).mean() < redness(wheel[:,:8,:8]).mean()
     show(wheel)
 
+    canvas = Canvas(np.random.default_rng(0), 96, make_style(9, 0))
+    canvas.azimuth = 0. # from the right
+    shadows = []
+    for canvas.elevation in (1.2, .5): shadows.append(_post_shadow(canvas, canvas.x, canvas.y))
+    assert shadows[1].sum() > 1.5*shadows[0].sum()
+    for shadow in shadows: assert shadow[:,:44].sum() > 10*shadow[:,52:].sum()
+    covered = _post(canvas, canvas.x, canvas.y)[0]
+    test_eq((covered.min(), covered.max()), (0, 1))
+    assert .02 < covered.mean() < .1
+
     cal_target = bursts(_cal_target, 9)
     canvas = Canvas(np.random.default_rng(0), 96, make_style(9, 0))
     shadow = _post_shadow(canvas, canvas.x, canvas.y)
@@ -101,6 +111,14 @@ def test_far_away_and_at_home():
 
 
 def test_all_of_them():
+    def once(draw): return draw(Canvas(np.random.default_rng(3), 24, make_style(0, 0)))
+
+    images = {name: once(draw) for name,draw in _draw.items()}
+    test_eq({image.shape for image in images.values()}, {(24, 24, 3)})
+    for name,draw in _draw.items(): test_eq(once(draw), images[name])
+    pairs = np.corrcoef([image.ravel() for image in images.values()])
+    assert pairs[np.triu_indices(len(SCENES), 1)].max() < .95
+
     test_eq(len(set(class_names(100))), 100)
     test_eq(class_names(14)[1::12], ['ripples', 'ripples 2'])
     test_eq(scene_of(0), scene_of(12))

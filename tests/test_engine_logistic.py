@@ -19,6 +19,15 @@ def test_the_model():
     test_eq(standardise(heights, heights.mean(0), spread(heights)), [[-1, 0], [1, 0]])
     test_eq(standardise(heights, 0, 1).dtype, np.float32)
 
+    by_hand = LogisticProbe(1, np.array([2, 7]), mean=np.zeros(1), scale=np.ones(1),
+                            weight=np.array([[0, np.log(3)]]), bias=np.zeros(2))
+    ones = np.ones((4, 1))
+    test_close(np.exp(by_hand.log_probabilities(ones[:1])), [[.25, .75]], 1e-6)
+    test_eq(by_hand.predict(np.array([[1.], [-1]])), [7, 2])
+    losses = by_hand.log_loss(ones, np.array([7, 2, 5, 9]))
+    test_close(losses[:2], np.log([4/3, 4]), 1e-6)
+    assert np.isnan(losses[2:]).all()
+
 
 def test_the_objective_and_its_gradient():
     global rng, weight, x

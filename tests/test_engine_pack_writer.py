@@ -24,6 +24,12 @@ from marsclr.engine.pack_writer import _open_to_go_on, _portions
 
 def test_decoding_ahead():
     global noise, paths, tmp
+    for size,images in {16: 16, 192: 9, 4096: 1}.items():
+        portion = _portions(size, Reading(), workers=4)
+        test_eq(portion[0], images)
+        assert portion[1] == 4 or np.prod(portion)*3*size**2 <= 2**26
+    test_eq(_portions(192, Reading(tiles=True), 4), (1, 4))
+
     tmp = Path(tempfile.mkdtemp())
     (tmp/'in').mkdir()
     rng = np.random.default_rng(0)

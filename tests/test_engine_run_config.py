@@ -91,12 +91,18 @@ def test_what_is_written_down():
 
 
 def test_loss_views_and_callbacks():
+    usable = losses['cluster_aware']()
+    check_usable('cluster_aware', usable, SimpleNamespace(k=2))
+    with expect_fail(MarsclrError, 'hold all images in one cluster'):
+        check_usable('cluster_aware', usable, SimpleNamespace(k=1))
+    with expect_fail(MarsclrError, 'but the loss dcl does not use them'):
+        check_usable('dcl', losses['dcl'](), SimpleNamespace(k=2))
+
     asked_for = dict(loss='cluster_aware', temperature=.2)
+    test_eq(build_loss(losses, asked_for).temperature, .2)
     assert build_loss(losses, asked_for, SimpleNamespace(k=2)).needs_clusters
     with expect_fail(MarsclrError, 'hold all images in one cluster'):
         build_loss(losses, asked_for, SimpleNamespace(k=1))
-    with expect_fail(MarsclrError, 'but the loss dcl does not use them'):
-        build_loss(losses, dict(loss='dcl', temperature=.2), SimpleNamespace(k=2))
 
     loss = losses['cluster_aware'](temperature=.2)
     with expect_fail(MarsclrError, 'this loss needs clusters'): check_clusters(loss, None, [0]*9)

@@ -28,6 +28,10 @@ from marsclr.study.cluster_study import _picked_and_best, _random_encoder, _unit
 
 def test_the_sources():
     global features, pack, seen, tiny, tmp
+    test_close(_unit(torch.tensor([[3., 4], [0, 2]])), torch.tensor([[.6, .8], [0, 1]]), eps=1e-6)
+    test_eq(_unit(torch.ones(1, 4, dtype=torch.float64)).dtype, torch.float32)
+    assert not needs_eq1 & needs_texture
+
     tmp = Path(tempfile.mkdtemp())
     pack = pack_archive(msl(write_marsyard(tmp/'yard', n=400, size=64)), tmp/'pack', size=64)
     tiny = dict(image_size=32, epochs=1, backbone='resnet10t', device='cpu')
@@ -43,7 +47,6 @@ def test_the_sources():
     assert not torch.equal(other, trained().state_dict()['conv1.0.weight'])
     test_eq(_random_encoder(trained, 1).state_dict()['conv1.0.weight'], other)
     assert not torch.equal(_random_encoder(trained, 2).state_dict()['conv1.0.weight'], other)
-    test_close(_unit(torch.tensor([[3., 4]])), torch.tensor([[.6, .8]]), eps=1e-6)
 
     seen = {source: f() for source,f in features(pack, 0).items()}
     for x in seen.values(): test_close(x.norm(dim=1), torch.ones(len(pack)), eps=1e-4)

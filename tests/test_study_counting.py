@@ -52,8 +52,11 @@ def test_waits():
 
 
 def test_all_three():
-    test_eq([type(counter).__name__ for counter in counters()], ['CountOperations'])
-    test_eq(len(counters('cuda')), 3)
+    test_eq([type(counter) for counter in counters()], [CountOperations])
+    on_a_gpu = [CountOperations, CountLaunches, CountWaits]
+    test_eq([type(counter) for counter in counters('cuda')], on_a_gpu)
+    assert counters()[0] is not counters()[0] # a new one for each count
+
     test_eq(counted(lambda: torch.ones(3)+1), dict(operations=2))
     test_eq(counted(lambda: [torch.ones(3)+1 for _ in range(3)], steps=3), dict(operations=2))
 

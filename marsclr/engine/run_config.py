@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['choices', 'least', 'check_settings', 'check_trainable', 'check_refresh', 'make_config', 'unnamed_settings',
-           'build_loss', 'check_usable', 'check_clusters', 'build_views', 'build_callbacks', 'build_model',
+           'check_usable', 'build_loss', 'check_clusters', 'build_views', 'build_callbacks', 'build_model',
            'check_same_images', 'write_images', 'ListImages', 'check_images_differ', 'train_in_folder']
 
 # %% ../../nbs/engine/run_config.ipynb #57702d1d
@@ -120,6 +120,15 @@ def unnamed_settings(
         init='random weights', normalisation=list(map(list, imagenet_stats)), layer_decay=1.,
         frozen_norm=False, positives='cluster' if loss == 'attraction' else 'view')
 
+# %% ../../nbs/engine/run_config.ipynb #d10cc165
+def check_usable(name, loss, groups):
+    "Refuse clusters that a loss does not use, or that leave it no negatives"
+    if not loss.needs_clusters:
+        raise MarsclrError(f'--clusters are given, but the loss {name} does not use them')
+    if groups.k < 2:
+        raise MarsclrError('--clusters hold all images in one cluster, so no view has a negative: '
+                           'make more clusters')
+
 # %% ../../nbs/engine/run_config.ipynb #8f2bc453
 def build_loss(
     losses:dict, # classes by name: those of the lesson
@@ -130,15 +139,6 @@ def build_loss(
     loss = losses[config['loss']](temperature=config['temperature'])
     if groups: check_usable(config['loss'], loss, groups)
     return loss
-
-# %% ../../nbs/engine/run_config.ipynb #a704ca39
-def check_usable(name, loss, groups):
-    "Refuse clusters that a loss does not use, or that leave it no negatives"
-    if not loss.needs_clusters:
-        raise MarsclrError(f'--clusters are given, but the loss {name} does not use them')
-    if groups.k < 2:
-        raise MarsclrError('--clusters hold all images in one cluster, so no view has a negative: '
-                           'make more clusters')
 
 # %% ../../nbs/engine/run_config.ipynb #d3242a49
 def check_clusters(loss, clusters, pack):
