@@ -25,6 +25,7 @@ from torch.nn import functional as F
 from marsclr.archives.marsyard import marsyard
 from marsclr.engine.files import write_json
 from marsclr.engine.encoders import *
+from marsclr.engine.encoders import _has_units
 
 
 def test_a_backbone_by_its_timm_name():
@@ -100,6 +101,12 @@ def test_where_to_begin():
 def test_the_device():
     test_eq(pick_device('cpu'), torch.device('cpu'))
     with expect_fail(MarsclrError, "device 'abacus' cannot be used here"): pick_device('abacus')
+
+    test_eq(_has_units('vendor_id : GenuineIntel flags : avx512_bf16 amx_bf16 amx_tile'), True)
+    test_eq(_has_units('vendor_id : GenuineIntel flags : avx512f avx512_bf16'), False)
+    test_eq(_has_units('vendor_id : AuthenticAMD flags : avx512f avx512_bf16'), True)
+    test_eq(_has_units('vendor_id : AuthenticAMD flags : avx2'), False)
+    test_eq(_has_units('Features : fp asimd bf16'), True) # ARM
 
     def forward_ms(dtype): # of a convolution, the best of five
         layer = nn.Conv2d(64, 64, 3, dtype=dtype)

@@ -120,14 +120,19 @@ def pick_device(
 # %% ../../nbs/engine/encoders.ipynb #9e49a0de
 def fast_bf16(
     device, # 'cpu', 'cuda', ...
-) -> bool: # a CPU without matrix units takes longer than in float32
-    "Does a device have matrix units for bfloat16, and torch kernels that use them?"
+) -> bool:
+    "Is a device faster in bfloat16 than in float32, and has torch kernels for it?"
     kind = torch.device(device).type
     if kind == 'cuda': return torch.cuda.get_device_capability(device) >= (8, 0)
     if kind != 'cpu': return True
-    flags = Path('/proc/cpuinfo')
-    if flags.exists() and not re.search(r'\b(amx_)?bf16\b', flags.read_text()): return False
+    told = Path('/proc/cpuinfo')
+    if told.exists() and not _has_units(told.read_text()): return False
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+def _has_units(told):
+    "Do a CPU's flags name matrix units for bfloat16, or is it an AMD with vector units for it?"
+    if 'AuthenticAMD' in told and 'avx512_bf16' in told: return True
+    return re.search(r'\b(amx_)?bf16\b', told) is not None
 
 # %% ../../nbs/engine/encoders.ipynb #3aba2910
 def feature_batches(
