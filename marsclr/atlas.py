@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['unit_rows', 'nearest', 'neighbours', 'tsne', 'neighbours_kept', 'map_table', 'spread_labels', 'suggest',
-           'write_atlas', 'check_atlas', 'marsclr_atlas', 'atlas_encoder', 'open_atlas', 'encode_file',
-           'marsclr_search']
+           'write_atlas', 'check_atlas', 'marsclr_atlas', 'open_atlas', 'encode_file', 'marsclr_search']
 
 # %% ../nbs/11_atlas.ipynb #de407793
 from pathlib import Path
@@ -16,15 +15,16 @@ from sklearn.manifold import TSNE
 from sklearn.neighbors import NearestNeighbors
 from threadpoolctl import threadpool_limits
 from .engine.atlas_facts import describe_images, read_quarantine
-from .engine.atlas_page import most_on_page, readable, thumbnails, write_views
+from .engine.atlas_page import (most_on_page, most_thumbnails, readable, thumbnails,
+                                       write_views)
 from .engine.atlas_server import check_port, check_same_atlas, serve_atlas
 from .engine.clusters import feature_clusters
 from .engine.commands import command
-from .engine.embed import by_image as mean_by_image, middle_tiles, named_encoder
+from .engine.embed import by_image as mean_by_image
+from .engine.embed import middle_tiles, named_encoders, run_places, weights_hash
 from .engine.encoders import encode, pick_device
-from .engine.export import SideBySide
-from .engine.files import (MarsclrError, atomic_write, check_new, digest, one_line,
-                                  read_json, write_json)
+from .engine.files import (MarsclrError, atomic_write, check_new, one_line, read_json,
+                                  write_json)
 from .engine.packing import Pack, load_pack, pack_stem
 from .engine.reading import Reading, read_pieces
 from .engine.thumbnails import found_figure, map_figure, save_figure
@@ -135,9 +135,9 @@ def write_atlas(
     "Write the atlas of a pack as a folder"
     similarity,rows = neighbours(features, min(near, len(pack)-1))
     table = describe_images(map_table(pack, features, k, seed), pack, similarity)
-    images = thumbnails(pack)
+    images = thumbnails(pack) if len(pack) <= most_thumbnails else []
     unread = read_quarantine(facts['packed']) if 'packed' in facts else []
-    facts |= dict(images=pack.fingerprint, clusters=k, seed=seed)
+    facts |= dict(images=pack.fingerprint, clusters=k, seed=seed, thumbnails=bool(images))
     with atomic_write(to) as folder:
         folder.mkdir()
         np.save(folder/'features.npy', np.asarray(features))
@@ -188,8 +188,8 @@ def marsclr_atlas(
     squares = load_pack(pack)
     data = middle_tiles(squares) if by_image else squares
     to = Path(to or f'{pack_stem(pack)}.atlas')
-    encoder = atlas_encoder(run, backbone, seed)
-    source = dict(run=_run_name(run), weights=_weights_hash(run), backbone=backbone, size=size,
+    encoder = named_encoders(run, backbone, seed)
+    source = dict(run=run_places(run), weights=weights_hash(run), backbone=backbone, size=size,
                   by_image=by_image)
     if serve: check_port(port)
     if serve and to.exists():
@@ -204,28 +204,6 @@ def marsclr_atlas(
     if serve: serve_atlas(to, port)
 
 # %% ../nbs/11_atlas.ipynb #11at0026
-def atlas_encoder(
-    run,          # run folder, or 'imagenet', or 'random'; several, separated by commas
-    backbone:str, # timm name, for random weights
-    seed:int,     # of random weights
-): # a network in evaluation mode, images to features
-    "The encoder that looks at the archive; several are side by side, and count the same"
-    encoders = [named_encoder(name, backbone if name == 'random' else '', seed=seed)
-                for name in _names(run)]
-    return SideBySide(*encoders, unit=True).eval() if len(encoders) > 1 else encoders[0]
-
-def _names(run): return [run] if Path(run).exists() else run.split(',')
-
-def _is_run(name): return name not in ('random', 'imagenet')
-
-def _run_name(run):
-    return ','.join(str(Path(name).resolve()) if _is_run(name) else name for name in _names(run))
-
-def _weights_hash(run):
-    "Short hashes of the encoders of runs; empty where there is no run"
-    runs = [Path(name) for name in _names(run) if _is_run(name)]
-    return ','.join(digest(path/'encoder.safetensors')[:12] for path in runs)
-
 def _print_atlas(pack, to, features):
     "What was made, and how to look at it"
     table = pd.read_csv(to/'table.csv', encoding_errors='surrogateescape')
@@ -235,6 +213,8 @@ def _print_atlas(pack, to, features):
     else: print(f'no page: it holds up to {most_on_page:,} images; see {to}/map.png')
     if not (to/'atlas.parquet').exists():
         print("no atlas.parquet for embedding-atlas: pip install '.[atlas]'")
+    elif len(pack) > most_thumbnails:
+        print(f'no thumbnails in {to}/atlas.parquet: it holds up to {most_thumbnails:,}')
 
 # %% ../nbs/11_atlas.ipynb #11at002a
 def open_atlas(
@@ -247,7 +227,7 @@ def open_atlas(
     if pack.fingerprint != told['images']:
         raise MarsclrError(f'{told["packed"]} holds other images than {folder} was made of: '
                            'make the atlas again with marsclr_atlas')
-    if _weights_hash(told['run']) != told['weights']:
+    if weights_hash(told['run']) != told['weights']:
         raise MarsclrError(f'{told["run"]} has changed since {folder} was made: '
                            'make the atlas again with marsclr_atlas')
     try:
@@ -270,7 +250,7 @@ def encode_file(
     got = read_pieces(image, pack.size, reading)
     if got.reason: raise MarsclrError(f'{image} cannot be read: {got.reason}')
     alone = Pack([got.pixels], pd.DataFrame(dict(path=[str(image)]*len(got.pixels))))
-    encoder = atlas_encoder(told['run'], told['backbone'], told['seed'])
+    encoder = named_encoders(told['run'], told['backbone'], told['seed'])
     return encode(encoder, alone, told['size'] or None).mean(0, keepdim=True).numpy()
 
 # %% ../nbs/11_atlas.ipynb #11at002f

@@ -7,14 +7,14 @@ from sklearn.manifold import TSNE
 from sklearn.neighbors import NearestNeighbors
 from threadpoolctl import threadpool_limits
 from marsclr.engine.atlas_facts import describe_images, read_quarantine
-from marsclr.engine.atlas_page import most_on_page, readable, thumbnails, write_views
+from marsclr.engine.atlas_page import most_on_page, most_thumbnails, readable, thumbnails, write_views
 from marsclr.engine.atlas_server import check_port, check_same_atlas, serve_atlas
 from marsclr.engine.clusters import feature_clusters
 from marsclr.engine.commands import command
-from marsclr.engine.embed import by_image as mean_by_image, middle_tiles, named_encoder
+from marsclr.engine.embed import by_image as mean_by_image
+from marsclr.engine.embed import middle_tiles, named_encoders, run_places, weights_hash
 from marsclr.engine.encoders import encode, pick_device
-from marsclr.engine.export import SideBySide
-from marsclr.engine.files import MarsclrError, atomic_write, check_new, digest, one_line, read_json, write_json
+from marsclr.engine.files import MarsclrError, atomic_write, check_new, one_line, read_json, write_json
 from marsclr.engine.packing import Pack, load_pack, pack_stem
 from marsclr.engine.reading import Reading, read_pieces
 from marsclr.engine.thumbnails import found_figure, map_figure, save_figure

@@ -13,7 +13,7 @@ import pytest
 from marsclr.archives.marsyard import write_marsyard
 from marsclr.atlas import marsclr_atlas, write_atlas
 from marsclr.datasets import msl
-from marsclr.engine import atlas_server
+from marsclr.engine import atlas_page, atlas_server
 from marsclr.engine.atlas_page import readable
 from marsclr.engine.packing import Pack, pack_archive
 
@@ -108,3 +108,32 @@ def test_an_atlas_that_is_there_is_shown_and_not_made_anew(yard, tmp_path, monke
     assert (tmp_path/'yard.atlas'/'atlas.html').stat().st_mtime_ns == before
     with pytest.raises(SystemExit, match='was made with other seed: give another folder'):
         marsclr_atlas([*yard, '--serve', '--seed', '1'])
+
+
+@pytest.mark.skipif(find_spec('pyarrow') is None, reason="needs pip install '.[atlas]'")
+def test_a_large_archive_has_no_thumbnails_in_its_table_and_one_line_says_so(yard, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr('marsclr.atlas.most_thumbnails', 19)
+    monkeypatch.setattr(atlas_page, 'most_on_page', 19)
+    started = []
+    monkeypatch.setattr(atlas_server, 'find_spec', lambda name: True)
+    monkeypatch.setattr('subprocess.run', lambda words, check: started.append(words) or subprocess.CompletedProcess(words, 0))
+    marsclr_atlas([*yard, '--serve', '--port', '5072'])
+    assert capsys.readouterr().out.count(f'no thumbnails in {tmp_path}/yard.atlas/atlas.parquet: it holds up to 19') == 1
+    assert 'image' not in pd.read_parquet(tmp_path/'yard.atlas'/'atlas.parquet')
+    assert not (tmp_path/'yard.atlas'/'atlas.html').exists()
+    assert '--neighbors' in started[0] and '--image' not in started[0]
+
+
+@pytest.mark.parametrize('run,said', [
+    ('random,nowhere', 'nowhere holds no encoder.safetensors'), ('random,', "'random,' leaves an encoder out"), ('', "'' leaves an encoder out")])
+def test_an_encoder_that_is_not_there_is_named(yard, tmp_path, run, said):
+    with pytest.raises(SystemExit, match=said): marsclr_atlas([run, *yard[1:]])
+    assert not (tmp_path/'yard.atlas').exists()
+
+
+def test_two_encoders_look_side_by_side_and_an_atlas_is_not_overwritten(yard, tmp_path):
+    both = ['random, random', *yard[1:]]
+    marsclr_atlas(both)
+    before = (tmp_path/'yard.atlas'/'atlas.json').read_bytes()
+    with pytest.raises(SystemExit, match='yard.atlas exists: remove it or give another folder'): marsclr_atlas(both)
+    assert (tmp_path/'yard.atlas'/'atlas.json').read_bytes() == before

@@ -37,6 +37,7 @@ def test_the_table_for_embedding_atlas():
     test_eq(wide.neighbors[0]['ids'], [1, 2])
     test_close(wide.neighbors[0]['distances'], [.1, .5])
     test_eq(wide.image[2]['bytes'], small[2])
+    test_eq(set(wide) - set(parquet_table(table, [], rows, similarity)), {'image'})
     wide.columns.tolist()
 
     if find_spec('pyarrow'):

@@ -38,10 +38,16 @@ def test_the_server():
     atlas = tmp/'my.atlas'
     atlas.mkdir()
     (atlas/'atlas.parquet').touch()
+    write_json(atlas/'atlas.json', {})
     with capture_output() as out: serve_atlas(atlas, taken)
     test_eq(told.read_text().split(), serve_words(atlas/'atlas.parquet', taken)[3:])
     assert f'--port {taken}' in told.read_text()
     out.stdout.replace(str(taken), '5055')
+
+    write_json(atlas/'atlas.json', dict(thumbnails=False))
+    with capture_output(): serve_atlas(atlas, taken)
+    assert '--image' not in told.read_text() and '--neighbors' in told.read_text()
+    test_eq(told.read_text().split(), serve_words(atlas/'atlas.parquet', taken, False)[3:])
 
     stand_in('raise SystemExit(3)')
     with expect_fail(MarsclrError, 'exit code 3'), capture_output(): serve_atlas(atlas, taken)

@@ -6,7 +6,8 @@ from torch import nn
 from marsclr.engine.commands import command
 from marsclr.engine.checkpoints import load_checkpoint
 from marsclr.engine.encoders import ContrastiveModel, create_encoder, feature_batches, load_encoder, pick_device, projection_head, width
-from marsclr.engine.files import MarsclrError, check_new, one_line, read_json, write_json
+from marsclr.engine.export import SideBySide
+from marsclr.engine.files import MarsclrError, check_new, digest, one_line, read_json, write_json
 from marsclr.engine.pack_writer import unfinished
 from marsclr.engine.packing import Pack, open_packs
 from marsclr.engine.sizes import check_size, features_size, size_options
@@ -32,6 +33,21 @@ def test_which_encoder():
     vit = named_encoder('random', 'vit_tiny_patch16_224', size=32)
     test_eq(vit(torch.zeros(1, 3, 32, 32)).shape, (1, 192))
     with expect_fail(MarsclrError, 'nowhere holds no encoder.safetensors'): named_encoder('nowhere')
+
+    test_eq(encoder_names('imagenet,my-run'), ['imagenet', 'my-run'])
+    test_eq(encoder_names('imagenet, my-run'), ['imagenet', 'my-run'])
+    for none in ('', 'random,'):
+        with expect_fail(MarsclrError, 'leaves an encoder out'): encoder_names(none)
+    test_eq(named_encoders('random,random', 'resnet10t', 1)(torch.zeros(1, 3, 32, 32)).shape, (1, 1024))
+    test_eq(named_encoders('random', 'resnet10t', 1)(torch.zeros(1, 3, 32, 32)).shape, (1, 512))
+    with expect_fail(MarsclrError, 'nowhere holds no encoder'): named_encoders('random,nowhere', '', 1)
+
+    test_eq(run_places('random,imagenet'), 'random,imagenet')
+    test_eq(weights_hash('random,imagenet'), '')
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder)/'encoder.safetensors').write_bytes(b'weights')
+        test_eq(run_places(f'random,{folder}'), f'random,{Path(folder).resolve()}')
+        test_eq(len(weights_hash(f'random,{folder}')), 12)
 
     tmp = Path(tempfile.mkdtemp())
     (tmp/'run').mkdir()

@@ -30,10 +30,12 @@ def check_port(
 def serve_words(
     path, # a parquet file
     port:int=5055,
+    images:bool=True, # does it hold thumbnails?
 ) -> list: # of words
     "The command that shows an atlas with embedding-atlas"
     words = [sys.executable, '-m', 'embedding_atlas.cli', str(path)]
-    words += ['--x', 'x', '--y', 'y', '--neighbors', 'neighbors', '--image', 'image']
+    words += ['--x', 'x', '--y', 'y', '--neighbors', 'neighbors']
+    if images: words += ['--image', 'image']
     return words + ['--host', _host, '--port', str(port), '--no-auto-port']
 
 # %% ../../nbs/engine/atlas_server.ipynb #atls000c
@@ -51,7 +53,8 @@ def serve_atlas(
     check_port(port)
     address = f'http://{_host}:{port}'
     print(f'embedding-atlas starts at {address} (in a minute; Ctrl-C ends it)', flush=True)
-    try: done = subprocess.run(serve_words(table, port), check=False)
+    images = read_json(Path(folder)/'atlas.json').get('thumbnails', True)
+    try: done = subprocess.run(serve_words(table, port, images), check=False)
     except KeyboardInterrupt: return
     if done.returncode: raise MarsclrError(f'embedding-atlas failed (exit code {done.returncode})')
 

@@ -156,8 +156,9 @@ def peak():
 highest = peak()
 before = highest()
 began = time.perf_counter()
+busy = time.process_time()
 {measured}
-print(time.perf_counter()-began, highest()-before)"""
+print(time.perf_counter()-began, highest()-before, time.process_time()-busy)"""
 
 # %% ../../nbs/study/measuring.ipynb #0ace7dec
 def ran_out_of_memory(
@@ -171,15 +172,15 @@ def ran_out_of_memory(
 def measure_alone(
     setup:str,    # lines of Python that prepare
     measured:str, # lines of Python
-) -> dict: # seconds, and peak_MiB above what was held before; NaN where it is not known
+) -> dict: # seconds, peak_MiB above what was held before, cpu_seconds; NaN where not known
     "Time and highest memory of some lines of Python in a process of their own"
     script = measuring_script.format(setup=setup, measured=measured)
     env = dict(os.environ, OMP_NUM_THREADS=str(torch.get_num_threads()))
     done = subprocess.run([sys.executable, '-c', script], capture_output=True, text=True, env=env)
-    if ran_out_of_memory(done): return dict(seconds=np.nan, peak_MiB=np.nan)
+    if ran_out_of_memory(done): return dict.fromkeys(('seconds', 'peak_MiB', 'cpu_seconds'), np.nan)
     if done.returncode: raise RuntimeError(f'{done.returncode}: {done.stderr}')
-    seconds, kib = map(float, done.stdout.split()[-2:])
-    return dict(seconds=seconds, peak_MiB=kib/1024)
+    seconds, kib, busy = map(float, done.stdout.split()[-3:])
+    return dict(seconds=seconds, peak_MiB=kib/1024, cpu_seconds=busy)
 
 # %% ../../nbs/study/measuring.ipynb #411c8c00
 def gpu_peak(
