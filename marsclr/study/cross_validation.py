@@ -179,7 +179,7 @@ def compare_methods(
         rows[method] = method_totals(blocks) | gains
     compared = pd.DataFrame(rows).T.fillna('')
     digits = dict(accuracy=1, log_loss=3, test=1)
-    return compared.astype({name: float for name in digits}).round(digits)
+    return compared.astype(dict.fromkeys(digits, float) | dict(seeds=int)).round(digits)
 
 # %% ../../nbs/study/cross_validation.ipynb #d4ffadd5
 def _draw_gains(ax, blocks, base, order):
