@@ -75,11 +75,12 @@ def neighbours_kept(
     x,        # (N, D) features
     xy,       # (N, 2) their map
     k:int=10, # neighbours
+    near=None, # (N, k or more) row numbers of the nearest neighbours by features, if known
 ) -> float: # 0 to 1; k/(N-1) by chance
     "Mean share of the nearest neighbours by features that are nearest neighbours on the map too"
     def nearest_of(points):
         return NearestNeighbors(n_neighbors=k).fit(points).kneighbors(return_distance=False)
-    by_features = nearest_of(unit_rows(x))
+    by_features = nearest_of(unit_rows(x)) if near is None else near[:,:k]
     on_map = nearest_of(xy)
     return float((by_features[:,:,None] == on_map[:,None]).any(2).mean())
 
@@ -131,7 +132,7 @@ def write_atlas(
     near:int=12, # neighbours of each image
     seed:int=42,
     **facts    # for `atlas.json`
-):
+) -> np.ndarray: # (N, near) row numbers of the neighbours
     "Write the atlas of a pack as a folder"
     similarity,rows = neighbours(features, min(near, len(pack)-1))
     table = describe_images(map_table(pack, features, k, seed), pack, similarity)
@@ -146,6 +147,7 @@ def write_atlas(
         write_views(folder, f'Atlas of {pack.name}', table, images, rows, similarity,
                     unread)
         write_json(folder/'atlas.json', facts)
+    return rows
 
 def _draw_map(table, pack, path):
     save_figure(map_figure(table, pack), path)
@@ -199,15 +201,15 @@ def marsclr_atlas(
     features = encode(encoder, squares, size or None, device=pick_device(device), progress=True)
     if by_image: features = mean_by_image(features, squares)[0]
     place = str(Path(pack).resolve())
-    write_atlas(data, features, to, clusters, seed=seed, packed=place, **source)
-    _print_atlas(data, to, features)
+    near = write_atlas(data, features, to, clusters, seed=seed, packed=place, **source)
+    _print_atlas(data, to, features, near)
     if serve: serve_atlas(to, port)
 
 # %% ../nbs/11_atlas.ipynb #11at0026
-def _print_atlas(pack, to, features):
+def _print_atlas(pack, to, features, near):
     "What was made, and how to look at it"
     table = pd.read_csv(to/'table.csv', encoding_errors='surrogateescape')
-    kept = neighbours_kept(features, table[['x', 'y']], min(10, len(pack)-1))
+    kept = neighbours_kept(features, table[['x', 'y']], min(10, len(pack)-1), near)
     print(f'{to}: {pack}; {kept:.0%} of the ten nearest neighbours are neighbours on the map')
     if (to/'atlas.html').exists(): print(f'open {to}/atlas.html in a browser')
     else: print(f'no page: it holds up to {most_on_page:,} images; see {to}/map.png')

@@ -113,6 +113,7 @@ def test_what_a_map_does_not_say():
     kept = neighbours_kept(features, xy)
     shuffled = neighbours_kept(features, np.random.default_rng(0).permutation(xy))
     assert kept > 5*shuffled
+    test_close(neighbours_kept(features, xy, near=neighbours(features)[1]), kept, eps=1e-3)
     test_close(shuffled, 10/299, eps=.015)
     test_eq(neighbours_kept(features, unit_rows(features)), 1)
     print(f'{kept:.0%} of the neighbours are kept; on a shuffled map {shuffled:.0%}')
