@@ -49,7 +49,7 @@ def test_the_steps():
     measured.pivot(index='step', columns='images', values='cpu_s').loc[list(steps)].round(1)
 
     most = measured[measured.images == measured.images.max()].set_index('step')
-    most[['peak_MiB', 'file_MiB']].round(0).fillna('')
+    most[['peak_MiB', 'file_MiB']].round(0).astype(object).fillna('')
 
 
 def test_a_hundred_thousand_images_and_a_million():
@@ -82,7 +82,7 @@ def test_a_hundred_thousand_images_and_a_million():
     hours = extrapolate(seconds, [100_000, 300_000, 1_000_000])/3600
     hours.loc['all'] = hours.sum()
     hours.columns = [f'{n:,}' for n in hours]
-    hours.sort_values(hours.columns[-1]).round(2).fillna('left out')
+    hours.sort_values(hours.columns[-1]).round(2).astype(object).fillna('left out')
 
     test_eq(hours.idxmax().unique().tolist(), ['all'])
     exact = hours.loc[['neighbours', 't-SNE, its neighbours']].sum()/hours.loc['all']
