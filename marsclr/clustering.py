@@ -161,7 +161,7 @@ def choose_k(
     return int(k_table(x, ks, range(seed, seed+3), progress).stability.idxmax())
 
 # %% ../nbs/06_clustering.ipynb #d5288775
-enough_purity = .35 # above it the cluster-aware loss gained on DCL on a yard (study/purity)
+enough_purity = .35 # a guess: there the mean gain on DCL crossed zero on a yard (study/purity)
 
 def warn_impure(
     quality:dict, # what `pair_quality` or `cluster_row` gave
@@ -169,9 +169,9 @@ def warn_impure(
     "Say so where most of the pairs that share a cluster are of different classes"
     purity = quality.get('purity', 1)
     if purity >= enough_purity or not quality['caught'] + quality['swallowed']: return ''
-    return (f'warning: only {purity:.0%} of the pairs that share a cluster are of one class. Below '
-            f'roughly\n{enough_purity:.0%} (on a synthetic yard, three seeds), the cluster-aware '
-            'loss lost accuracy:\nmake more clusters, or try another source')
+    return (f'warning: only {purity:.0%} of the pairs that share a cluster are of one class. '
+            f'That may be too\nfew for the cluster-aware loss ({enough_purity:.0%} is a guess, '
+            'from three seeds):\nmake more clusters, or try another source')
 
 # %% ../nbs/06_clustering.ipynb #b102e131
 def _cluster_texture(data, to, epochs, k, run, backbone, size, seed, device):

@@ -214,16 +214,17 @@ def _why_clusters(rate, true):
     enough = f'a batch of {int(32/(1-rate))+2} would have 32, which is a rule of thumb'
     why = ['- the lower quartile of the rate is above 10 %; for such rates the paper gains by '
            'clusters, but on our Mars images clusters gained nothing',
-           '- clusters must be pure: on a synthetic yard (three seeds) they helped from a purity '
-           f'of roughly {enough_purity:g}; marsclr_cluster prints theirs if some labels are known']
+           '- clusters should be pure; that a purity above '
+           f'{enough_purity:g} is enough is a guess, from three seeds on a synthetic yard; '
+           'marsclr_cluster prints it if some labels are known']
     if true < 32: why.append(f'- right clusters leave {true:.1f} true negatives: {enough}')
     return why
 
 def _why_mixing(rate):
     share = 1-np.sqrt(.05/rate)
     other = f'another domain as {share:.0%} of the images (marsclr_pretrain THIS,OTHER RUN)'
-    return (f'- {other} would bring the rate to 5%, '
-            'since a pair is false only if both are of this one')
+    return (f'- {other} would bring the rate to 5%; but on synthetic yards, with as many images '
+            'in all, that cost 2 to 3 points of accuracy, and on our Mars images it gained nothing')
 
 # %% ../nbs/09_diagnosis.ipynb #d1a60027
 def _check_diagnosis(source, images, batch, alike, pairs):

@@ -97,9 +97,18 @@ def test_the_cluster_aware_loss():
     assert cluster_aware != eq1
     cluster_aware
 
+    COLOURS = np.array([[255, 255, 255],  # the same view
+                        [120, 180, 120],  # positive
+                        [225, 225, 225],  # left out
+                        [210, 90, 70],    # false negative
+                        [240, 200, 120]]) # negative
+
     def draw(ax, positive, negative, title):
-        ax.imshow(negative.int() - positive.int(), cmap='RdYlGn_r', vmin=-1.4, vmax=1.4)
-        mark = np.select([positive, negative], ['+', '−'], '')
+        left_out = ~(positive | negative | itself)
+        false = negative & same_cluster
+        kind = np.select([itself, positive, left_out, false], [0, 1, 2, 3], 4)
+        ax.imshow(COLOURS[kind])
+        mark = np.array(list(' +·✗−'))[kind]
         for i, j in product(range(6), range(6)): ax.text(j, i, mark[i,j], ha='center', va='center')
         ax.set_title(title, fontsize=8)
         names = (ids+1).tolist()

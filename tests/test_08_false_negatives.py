@@ -50,7 +50,7 @@ def test_three_images():
     test_eq(by_hand, dict(positive=6, negative=16, false_negative=8))
     by_hand
 
-    image = np.repeat([0, 1, 2], 2)
+    image = np.array([0, 1, 2, 0, 1, 2])
     itself = np.eye(6, dtype=bool)
     one_image = image[:,None] == image
     one_class = label[three][image][:,None] == label[three][image]
@@ -68,7 +68,8 @@ def test_three_images():
 
     def draw_pairs(ax, kind, title):
         ax.imshow(COLOURS[kind])
-        ax.set(title=title, xlabel='view', xticks=[], yticks=[])
+        ax.set(title=title, xlabel='view of image', yticks=[])
+        ax.set_xticks(range(6), image+1)
         for row in range(6):
             thumbnail = OffsetImage(pack[int(three[image[row]])].numpy(), zoom=.38)
             ax.add_artist(AnnotationBbox(thumbnail, (-1.1, row), frameon=False, annotation_clip=False))

@@ -154,6 +154,7 @@ def test_what_to_do():
     for name,text in advice.items():
         warned = 'our Mars images clusters gained nothing' in ' '.join(text.split())
         test_eq(warned, 'cluster-aware' in text)
+        test_eq('another domain' in text, 'that cost 2 to 3 points' in ' '.join(text.split()))
     assert 'larger batch' in advice['orbit'] and '50%' in advice['mars']
     test_close(.2*(1-.5)**2, .05)
 

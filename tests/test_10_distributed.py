@@ -229,7 +229,7 @@ def test_what_it_brings_and_what_it_costs():
         dim=128, # of the projections
     ):
         "Megabytes per step and GPU; a number is four bytes"
-        gathered = 2*(w-1)*2*b*dim  # two views; forth, and the gradient back
+        gathered = 2*(w-1)*2*b*dim  # two views; there, and the gradient back
         numbers = dict(gradients=2*(w-1)/w*weights, projections=gathered,
                        batch_norm=(w-1)*statistics, similarities=2*b * 2*b*w)
         return dict(GPUs=w, batch=w*b) | {name: n*4/1e6 for name,n in numbers.items()}

@@ -104,6 +104,7 @@ def test_a_callback_that_writes_them_down():
 
 def test_in_words():
     test_eq(judge_health(log.iloc[-1]), 'good')
+    test_eq(judge_health({**log.iloc[-1], 'loss': 4.9}), 'too short') # above the value of equal views
     test_eq(last_row(log).step_size, log.step_size.max())
     stuck = log.assign(same_image=0, step_size=np.geomspace(1e-2, 1e-6, len(log))) # a cosine's end
     test_eq(judge_health(last_row(stuck)), 'not yet')
@@ -149,6 +150,7 @@ def test_the_whole_command():
     recipe = dict(loss='dcl', frozen_norm=True, lr=.001, crop_min=.05, crop_max=.5, epochs=3)
     for verdict in advice: test_eq(changed_recipe(recipe, verdict) == recipe, verdict == 'good')
     test_eq(changed_recipe(recipe, 'not yet')['epochs'], 6)
+    test_eq(changed_recipe(recipe, 'too short'), recipe | dict(epochs=6))
     test_eq(changed_recipe(recipe | dict(crop_min=.2), 'too different')['crop_min'], .5)
 
     told = say_remedy(tmp/'too different', 'my.pack', recipe)

@@ -6,7 +6,7 @@ import nbformat
 from fastcore.test import *
 
 
-def test_every_link_leads_somewhere():
+def test_checks():
     def prose(path):
         "The text of a notebook"
         cells = nbformat.read(path, 4).cells

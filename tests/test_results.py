@@ -88,3 +88,12 @@ def test_what_the_study_says_of_pure_and_random_clusters():
     aware = curve[curve.method == 'cluster-aware'].set_index(['how', 'amount'])
     assert aware.gain['wrong', 0] > 2*aware.sd['wrong', 0]
     assert aware.gain['wrong', 1] < 0 < aware.gain['merged', 2]
+
+
+def test_mixing_costs_what_the_advice_says():
+    mean = gains(pd.read_csv(results/'homogeneity-marsyard.csv')).groupby('method')[['own', 'same']].mean()
+    points = sorted(-mean.loc['mixed with leaves'].round())
+    assert f'that cost {points[0]:.0f} to {points[1]:.0f} points' in ' '.join(diagnosis._why_mixing(.2).split())
+    blocks = read_cells(results/'laptop-msl/cross_validation.csv')
+    right = blocks[blocks['pack'] == 'MSL v2.1'].groupby('method').right.sum()
+    assert right['mixed-domain'] < right['DCL']

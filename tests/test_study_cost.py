@@ -6,7 +6,7 @@ from scipy.stats import t as student
 from marsclr.study.homogeneity import curve_figure, gains
 
 
-def test_along_the_dial():
+def test_from_2_to_100_classes():
     global dial, names
     dial = pd.read_csv('../results/homogeneity-marsyard.csv')
     names = ['DCL', 'eq. 2, view positives, found clusters', 'eq. 2, view positives, true classes',
@@ -20,7 +20,7 @@ def test_along_the_dial():
         return f'{more.mean():+.2f} ± {student.ppf(.975, len(more)-1)*more.sem():.2f}'
 
     for method in names:
-        print(f'{method}: {overall("own", method, "eq. 1")} points on equation 1')
+        print(f'{method}: {overall("own", method, "eq. 1")} points on equation 1 (95 % interval)')
 
     curve_figure(dial);
 
@@ -30,7 +30,7 @@ def test_along_the_dial():
     def text(task):
         "Means and standard deviations as text"
         mean = gained[task].map('{:+.1f}'.format)
-        return mean + ' ± ' + gained[f'{task}_sd'].map('{:.1f}'.format)
+        return mean + gained[f'{task}_sd'].map(' ({:.1f})'.format)
 
     shown = gained.assign(own=text('own'), same=text('same'))
     shown.pivot(index=['classes', 'burst'], columns='method', values='own')
@@ -40,9 +40,9 @@ def test_along_the_dial():
     coarse = gained[(gained.classes == 2) & (gained.method == 'eq. 2, view positives, true classes')]
     of_true = gained[gained.method == 'eq. 2, view positives, true classes']
     assert coarse.same.iloc[0] < 0
-    print(f'2 classes, true ones as clusters: {coarse.same.iloc[0]:+.1f} ± '
-          f'{coarse.same_sd.iloc[0]:.1f} points on the 24 classes')
-    print(f'true classes along the whole dial: {of_true.own.min():+.1f} to {of_true.own.max():+.1f} '
+    print(f'2 classes, true ones as clusters: {coarse.same.iloc[0]:+.1f} points on the 24 classes, '
+          f'standard deviation {coarse.same_sd.iloc[0]:.1f}')
+    print(f'true classes, from 2 to 100 classes: {of_true.own.min():+.1f} to {of_true.own.max():+.1f} '
           'points on the classes of the pool')
 
 

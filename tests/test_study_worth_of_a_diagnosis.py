@@ -9,12 +9,15 @@ def test_opening():
     archives = pd.read_csv('../results/references.csv')
     fig,ax = plt.subplots(figsize=(7, 3.4), dpi=80, layout='constrained')
     for family,g in archives.groupby('family', sort=False):
-        ax.plot(g.homogeneity, g.rate*100, 'o', ms=4, label=family)
+        ax.plot(g.homogeneity, g.rate, 'o', ms=4, label=family)
     x = np.linspace(archives.homogeneity.min(), archives.homogeneity.max(), 50)
     slope,intercept = fit_line(archives)
-    ax.plot(x, 100/(1+np.exp(-(slope*x+intercept))), color='black', lw=1)
+    ax.plot(x, 1/(1+np.exp(-(slope*x+intercept))), color='black', lw=1)
     ax.set_xlabel('homogeneity (median similarity to the nearest of 600)')
-    ax.set(yscale='log', ylabel='false-negative rate, %')
+    ax.set(yscale='logit', ylabel='false-negative rate, %')
+    shares = [.001, .01, .1, .5, .9]
+    ax.set_yticks(shares, [f'{100*share:g}' for share in shares])
+    ax.minorticks_off()
     fig.legend(loc='outside right upper');
 
     error = np.log(archives.rate/(1-archives.rate)) - left_out(archives)

@@ -243,17 +243,19 @@ def gains(
 
 # %% ../../nbs/study/homogeneity.ipynb #h0a00006
 _styles = {'eq. 2, view positives, found clusters': '--'} # of two methods of one colour
+_of_bursts = {3: ('s', 1.12), 10: ('^', 1.25)} # marker, and how far to the right it is moved
 
 def _draw_curve(ax, t, column, sd=None):
-    "One column against the rate: lines without bursts, hollow marks with"
+    "One column against the rate: lines without bursts, hollow marks with, moved to the right"
     for method in ('random weights', *methods):
         m = t[t.method == method].sort_values('before')
-        line = dict(ls=_styles.get(method, '-'), ms=4, label=method)
-        hollow = dict(ls='', ms=5, mfc='white')
-        for part,style in ((m[m.burst == 1], line), (m[m.burst > 1], hollow)):
+        for burst,part in m.groupby('burst'):
+            marker,aside = _of_bursts.get(burst, ('o', 1))
+            style = dict(ls='', ms=5, mfc='white')
+            if burst == 1: style = dict(ls=_styles.get(method, '-'), ms=4, label=method)
             error = part[sd] if sd else None
-            ax.errorbar(part.before, part[column], yerr=error, marker='o', lw=1, capsize=2,
-                        color=colour_of(method), **style)
+            ax.errorbar(part.before*aside, part[column], yerr=error, marker=marker, lw=1,
+                        capsize=2, color=colour_of(method), **style)
     ax.set_xscale('log')
     ax.set_xticks([1, 3, 10, 30, 50], [1, 3, 10, 30, 50])
     ax.minorticks_off()

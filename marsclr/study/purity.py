@@ -163,7 +163,7 @@ def _draw_way(ax, t, method, how):
     "The points of one loss and one way to spoil; cut classes, all pure, stand to the right of 1"
     marker,fill = _markers[how]
     aside = .04 if how == 'cut' else 0
-    ax.errorbar(t.purity + aside, t.gain, yerr=t.sd, ls='-' if how == 'wrong' else '', lw=1,
+    ax.errorbar(t.purity + aside, t.gain, yerr=t.half, ls='-' if how == 'wrong' else '', lw=1,
                 marker=marker, fillstyle=fill, ms=6, capsize=2, color=colour_of(method))
 
 def _purity_legend(fig):
@@ -177,7 +177,7 @@ def _purity_legend(fig):
 def purity_figure(
     table:pd.DataFrame, # what `purity_curve` made
 ):
-    "Gain over DCL against the purity of the positive pairs: mean and standard deviation over seeds"
+    "Gain over DCL against the purity of positive pairs: mean over seeds and its 95 % interval"
     gains = gains_over_dcl(table)
     fig,ax = plt.subplots(figsize=(7.4, 3.2), dpi=80, layout='constrained')
     for (method,how),t in gains.groupby(['method', 'how'], sort=False):
