@@ -25,6 +25,9 @@ def test_what_was_tried():
         'ours, all labels': mean_of('recommended', 100),
         'ours, 10 % of the labels': mean_of('recommended', 10),
         'ours, 36 epochs without train images': mean_of(plain, 100)})
+    frozen = read_cells('../results/laptop-msl/fig3.csv').query(
+        "pack == 'MSL v2.1' and method == 'frozen ImageNet' and labels == 100")
+    ours['EfficientNet-Lite0, ImageNet labels, frozen (probed here)'] = 100*frozen.accuracy.item()
     theirs = pd.Series({
         'DINOv2-B, frozen': 79.5, 'paper, best, 10 % of the labels': 77.6,
         'paper, mixed-domain': 77.3, 'paper, eq. 1': 75.6,

@@ -64,7 +64,7 @@ def test_how_pure_are_the_clusters():
           f'pixels + capture (K = 14) have {found:.2f} on the rover images that encoders learned from.')
 
 
-def test_what_the_yardstick_sees():
+def test_how_narrow_are_the_intervals():
     msl = short[short['pack'] == 'MSL v2.1']
 
     def fixed_seeds(t):
