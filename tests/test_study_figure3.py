@@ -21,7 +21,14 @@ def test_how_pure_are_the_clusters():
     gain_figure(short, 'DCL');
 
     on_msl = compare_methods(short[short['pack'] == 'MSL v2.1'], 'DCL')
-    on_msl.drop(columns='test less DCL').sort_values('log_loss')
+    def shown(table, over='DCL', without=()):
+        "By log-loss, without the difference on test, with short names of columns"
+        short_names = {f'accuracy less {over}': 'gain, points',
+                       f'log_loss less {over}': 'change of log-loss'}
+        table = table.drop(columns=[f'test less {over}', *without]).astype({'seeds': int})
+        return table.sort_values('log_loss').rename(columns=short_names)
+
+    shown(on_msl)
 
     def said(method, over='DCL', pack='MSL v2.1'):
         "What a method gains, as a sentence"
@@ -42,14 +49,14 @@ def test_how_pure_are_the_clusters():
 
     long = blocks[(blocks.epochs_asked == 32) & (blocks['pack'] == 'MSL v2.1')]
     table = compare_methods(long, 'DCL, epochs=32')
-    table.drop(columns='test less DCL, epochs=32').sort_values('log_loss')
+    shown(table, 'DCL, epochs=32')
 
     for method in ('cluster-aware, true classes', 'cluster-aware, pixels + capture', 'eq. 1'):
         print(said(f'{method}, epochs=32', 'DCL, epochs=32'))
     print(said('DCL, epochs=32'))
 
     orbit = compare_methods(blocks[blocks['pack'] == 'HiRISE v3.2 subset'], 'DCL')
-    orbit.drop(columns=['test', 'test less DCL']).sort_values('log_loss')
+    shown(orbit, without=['test'])
 
     pool = pd.read_csv('../results/clusters-msl.csv').query('pack == "pool"')
     pool['purity'] = purity_of(pool.caught, pool.swallowed, pool.false_negatives_before)
