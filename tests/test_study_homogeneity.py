@@ -23,7 +23,7 @@ from IPython.utils.capture import capture_output
 from marsclr.study.homogeneity import *
 
 
-def test_the_dial():
+def test_few_classes_or_many():
     global rate_of, tmp
     tmp = Path(tempfile.mkdtemp())
 
@@ -78,7 +78,7 @@ def test_what_is_compared():
     assert .1 < accuracy(create_encoder('resnet10t'), own) <= 1 # one in ten is chance
 
 
-def test_a_point_of_the_dial():
+def test_one_setting():
     global table
     hand = tmp/'hand'
     kw = dict(n_classes=2, burst=1, homogeneity=.3, size=32)
