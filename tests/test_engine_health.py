@@ -149,6 +149,7 @@ def test_runs_that_fail():
 def test_the_whole_command():
     recipe = dict(loss='dcl', frozen_norm=True, lr=.001, crop_min=.05, crop_max=.5, epochs=3)
     for verdict in advice: test_eq(changed_recipe(recipe, verdict) == recipe, verdict == 'good')
+    test_eq(changed_recipe(recipe | dict(lr=3e-4), 'too low a rate')['lr'], .003)
     test_eq(changed_recipe(recipe, 'not yet')['epochs'], 6)
     test_eq(changed_recipe(recipe, 'too short'), recipe | dict(epochs=6))
     test_eq(changed_recipe(recipe | dict(crop_min=.2), 'too different')['crop_min'], .5)

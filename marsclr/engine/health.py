@@ -198,8 +198,8 @@ def changed_recipe(
 ) -> dict: # the recipe with the change that the verdict asks for
     "What to try next"
     larger = dict(crop_min=.2 if recipe['crop_min'] < .2 else .5, crop_max=1.)
-    changes = {'collapsed': dict(lr=recipe['lr']/10),
-               'too low a rate': dict(lr=recipe['lr']*10),
+    changes = {'collapsed': dict(lr=round(recipe['lr']/10, 12)),
+               'too low a rate': dict(lr=round(recipe['lr']*10, 12)),
                'too alike': dict(crop_min=.05, crop_max=.5, colour_strength=1.),
                'too different': larger,
                'not yet': dict(larger, epochs=2*recipe['epochs']),
