@@ -96,9 +96,17 @@ def measure_steps(
             table.to_csv(to, index=False, float_format='%.4g')
 
 # %% ../../nbs/study/atlas_scale.ipynb #27412e85
-def linear(n): return n
-def n_log_n(n): return n*np.log(n)
-def square(n): return n**2
+def linear(n):
+    "Twice the images, twice the time"
+    return n
+
+def n_log_n(n):
+    "A little more than twice the time"
+    return n*np.log(n)
+
+def square(n):
+    "Four times the time: each image with each other"
+    return n**2
 
 growth = dict.fromkeys(steps, linear) | {
     'neighbours': square, 't-SNE, its neighbours': square, 't-SNE, the rest': n_log_n}
