@@ -71,5 +71,5 @@ def test_how_many_clusters():
     trained_with = mean_purity['pool', 'pixels + capture', 14]
     assert max(purity.values()) < enough_purity < trained_with
     told = [f'{source} {share:.0%} (K = {best_k[source]})' for source,share in purity.items()]
-    print('MSL v2.1:', ', '.join(told))
+    print('MSL v2.1:', ',\n          '.join(told))
     print(f'pool: pixels + capture {trained_with:.0%} (K = 14)')
