@@ -11,7 +11,7 @@ Some are not run as they stand, and the output says so:
   stopped command does: one line, status 143;
 - `marsclr_start` trains for seconds, whatever minutes the page gives, and once where it is on two pages;
 - `marsclr_pretrain` trains for two epochs, whatever number the page gives;
-- `my-images/one.jpg` stands for any image: the first one;
+- `my-images/one.jpg` stands for any image, here the first one, and a filled `my.todo.csv` is the labels;
 - what needs the extra `imagenet` is parsed where that is not installed;
 - what sets up an environment or opens a window (`pip`, `nbdev_test`, `pytest`, `jupyter`) is left to .ci/run, in whose environment this runs.
 """
@@ -22,7 +22,8 @@ from pathlib import Path
 
 PATIENCE = 20  # seconds for a preset of marsclr_reproduce, from its first words on
 SHORT = {r'--minutes \S+': '--minutes .05', r'--epochs \d+': '--epochs 2',
-         r'my-images/one\.jpg': 'my-images/images/$(ls my-images/images | head -1)'}
+         r'my-images/one\.jpg': 'my-images/images/$(ls my-images/images | head -1)',
+         r'--labels my\.todo\.csv': '--labels my-labels.csv'}
 IMAGES = 144  # one batch of the commands' default 128, and some more
 UNKNOWN = '--unknown'
 
