@@ -52,7 +52,7 @@ homogeneity = dict(marsyard=DialSettings(
     images=1500, labeled=3000, yard=dict(size=64, homogeneity=.3), pretrain=tiny,
     points=[(2, 1), (5, 1), (10, 1), (30, 1), (100, 1), (10, 3), (10, 10)], seeds=seeds))
 
-peers = PeersSettings(size=128, view=64, batch=64, minutes=5, seeds=tuple(seeds))
+peers = PeersSettings(size=128, view=64, batch=64, minutes=3, seeds=tuple(seeds))
 
 purity = dict(marsyard=PuritySettings(
     images=1000, labeled=2400, classes=10, yard=dict(size=64, homogeneity=.6), pretrain=tiny,
