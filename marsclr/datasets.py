@@ -62,8 +62,12 @@ class Archive:
     def open(self,
         i:int, # which row
     ) -> Image.Image: # in RGB
-        "Decode one image"
-        return Image.open(self.root/self.table.path.iloc[i]).convert('RGB')
+        "Decode one image of 8 bits a colour"
+        image = Image.open(self.root/self.table.path.iloc[i])
+        if image.mode[0] in 'IF':
+            raise MarsclrError(f'{image.filename} has more than 8 bits a colour: pack it and look '
+                               'there')
+        return image.convert('RGB')
 
     def where(self,
         keep, # (N,) bool, or row numbers

@@ -62,6 +62,9 @@ def test_an_archive_is_a_table():
     test_eq(yard.table.path.tolist(), names)
     test_eq(yard.table.label.unique().tolist(), [-1])
     test_eq(yard.open(0).size, (96, 96))
+    Image.fromarray(np.full((8, 8), 7316, np.uint16)).save(tmp/'deep.png')
+    deep = Archive('deep', tmp, make_table(['deep.png'], 'deep'))
+    with expect_fail(MarsclrError, 'deep.png has more than 8 bits'): deep.open(0)
     assert image_folder(tmp/'yard').left_out.startswith('5 files of other kinds')
     test_eq(len(yard.where(yard.table.camera == 'ML')), (yard.table.camera == 'ML').sum())
     yard

@@ -77,6 +77,7 @@ def test_what_is_sound():
     check_digest('md5:900150983cd24fb0d6963f7d28e17f72')(abc)
     with expect_fail(Fault, 'its md5 is 9001'): check_digest('md5:0')(abc)
     with expect_fail(Fault, 'its sha256 is ba78'): check_digest('sha256:0')(abc)
+    with expect_fail(MarsclrError, 'write md5:... or sha256:'): check_digest('9001')
     abc.unlink()
 
     photo = tmp/'photo.jpg'

@@ -4,7 +4,7 @@ import csv
 from dataclasses import replace
 import numpy as np, pandas as pd
 from marsclr.engine.files import MarsclrError, numbered_lines
-from marsclr.datasets import Archive, image_folder
+from marsclr.datasets import Archive, columns, image_folder
 import io, shutil, tempfile
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -117,6 +117,23 @@ def test_a_split_that_groups_do_not_cross():
     split,how = settle_split(labeled)
     test_eq(split.table.split.tolist(), drawn.table.split.tolist())
     how
+
+    check_table(both)
+    path = both.table.path[0]
+    for column,value,what in [
+            ('split', 'Train', "split 'Train' is not train"), ('sol', 'x', "sol holds 'x'"),
+            ('label', 7, 'label 7 of 2 classes'), ('path', path, 'has two rows')]:
+        wrong = replace(both, table=both.table.assign(**{column: value}))
+        with expect_fail(MarsclrError, what): check_table(wrong)
+    few = replace(both, table=both.table.drop(columns='camera'))
+    with expect_fail(MarsclrError, 'no column camera'): check_table(few)
+
+    misspelt = both.table.label.where(both.table.index != 3, 2)
+    misspelt = replace(both, classes=both.classes + ['crakc'], table=both.table.assign(label=misspelt))
+    three_times = replace(both, table=pd.concat([both.table]*3))
+    test_eq(say_small_classes(three_times), '')
+    assert "'crakc' (1)" in say_small_classes(misspelt)
+    say_small_classes(misspelt)
 
     csv_file.write_text(''.join(f'{name};{i % 2}\n' for i,name in enumerate(names)))
     with redirect_stdout(io.StringIO()) as said: done = label_archive(folder, csv_file)

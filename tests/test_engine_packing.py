@@ -6,7 +6,7 @@ from pathlib import Path
 from marsclr.engine.files import MarsclrError, check_new, read_json
 from marsclr.engine.commands import command
 from marsclr.datasets import Archive, hirise, image_folder, imagenet, msl, rovers
-from marsclr.engine.labels import class_folders, label_archive
+from marsclr.engine.labels import check_table, class_folders, label_archive
 from marsclr.engine.pack_writer import PackWriter, decode_ahead, unfinished
 from marsclr.engine.packs import Pack, open_folder, write_meta
 from marsclr.engine.ranges import how_values_are_read, reading_from_options, settle_range

@@ -65,4 +65,5 @@ def test_what_shrinking_costs():
     large = say_loss([(1200, 1648)]*5, 192)
     assert 'shrunk 6.2 times' in large and 'makes 315 squares' in large
     assert '50% of them are cut off' in say_loss([(192, 384)]*5, 192)
+    assert 'enlarged 4.0 times' in say_loss([(48, 48)]*5, 192)
     print(*large.split('; '), sep='\n')

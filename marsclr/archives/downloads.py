@@ -94,6 +94,8 @@ def check_digest(
 ): # a check for `get_file`
     "Make a check that a file has the digest that is known of it"
     kind,_,value = known.partition(':')
+    if kind not in ('md5', 'sha256'):
+        raise MarsclrError(f'checksum {known!r}: write md5:... or sha256:...')
     def check(path):
         found = digest(path, kind)
         if found != value: raise Fault(f'its {kind} is {found}, not {value}')

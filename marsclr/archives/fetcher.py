@@ -19,7 +19,7 @@ from .. import __version__
 from ..engine.files import MarsclrError, one_line
 
 # %% ../../nbs/archives/fetcher.ipynb #21ce517f
-class Fault(Exception):
+class Fault(MarsclrError):
     "An answer that will not do"
     def __init__(self,
         text:str,     # what is wrong

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['read_label_table', 'labels_by_path', 'class_list', 'with_labels', 'class_folders', 'image_groups', 'draw_split',
-           'settle_split', 'label_archive']
+           'settle_split', 'check_table', 'say_small_classes', 'label_archive']
 
 # %% ../../nbs/engine/labels.ipynb #14782dac
 import csv
@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import numpy as np, pandas as pd
 from .files import MarsclrError, numbered_lines
-from ..datasets import Archive, image_folder
+from ..datasets import Archive, columns, image_folder
 
 # %% ../../nbs/engine/labels.ipynb #847aa7b2
 _column_names = dict(path={'path', 'file', 'filename', 'file_name', 'image', 'name'},
@@ -172,6 +172,36 @@ def settle_split(
     n = len(np.unique(image_groups(labeled, by)))
     return archive, f'no split is given; drawn by {by} ({n} groups, seed {seed}): {counts} images'
 
+# %% ../../nbs/engine/labels.ipynb #lab0s005
+def check_table(
+    archive:Archive, # of any reader
+):
+    "Refuse a table that later commands would misread"
+    table = archive.table
+    def refuse(what): raise MarsclrError(f'{archive.name}: {what}')
+    missing = [name for name in columns if name not in table]
+    if missing: refuse(f'the table has no column {missing[0]}: begin with `make_table`')
+    for name in ('label', 'sol', 'time'):
+        if not pd.api.types.is_numeric_dtype(table[name]):
+            refuse(f'column {name} holds {table[name].iloc[0]!r}: give numbers')
+    strange = sorted(set(table.split) - {'train', 'val', 'test', ''})
+    if strange: refuse(f'split {strange[0]!r} is not train, val, test or empty')
+    classes = len(archive.classes)
+    if table.label.max() >= classes: refuse(f'label {table.label.max()} of {classes} classes')
+    twice = table.path[table.path.duplicated()]
+    if len(twice): refuse(f'{twice.iloc[0]} has two rows')
+
+# %% ../../nbs/engine/labels.ipynb #lab0s002
+def say_small_classes(
+    archive:Archive, # with labels
+) -> str: # '' where there are none
+    "Classes with few images, in words"
+    label = archive.table.label[archive.table.label >= 0]
+    counts = np.bincount(label, minlength=len(archive.classes))
+    small = [f'{name!r} ({n})' for name,n in zip(archive.classes, counts) if n < 5]
+    if not small: return ''
+    return f'classes of fewer than 5 images: {", ".join(small)}; is each of them meant?'
+
 # %% ../../nbs/engine/labels.ipynb #6acb928e
 def label_archive(
     archive:Archive,  # whose images have labels, or will have those of a file
@@ -185,4 +215,6 @@ def label_archive(
     n = (archive.table.label >= 0).sum()
     known = f'labels: {n} of {len(archive)} images, {len(archive.classes)} classes'
     print(known + f'; {how}'*bool(how), flush=True)
+    small = say_small_classes(archive)
+    if small: print(small, flush=True)
     return archive

@@ -13,7 +13,7 @@ from pathlib import Path
 from .files import MarsclrError, check_new, read_json
 from .commands import command
 from ..datasets import Archive, hirise, image_folder, imagenet, msl, rovers
-from .labels import class_folders, label_archive
+from .labels import check_table, class_folders, label_archive
 from .pack_writer import PackWriter, decode_ahead, unfinished
 from .packs import Pack, open_folder, write_meta
 from .ranges import how_values_are_read, reading_from_options, settle_range
@@ -62,6 +62,7 @@ def pack_archive(
     "Decode an archive once; the pack appears whole or not at all, and a run cut off is continued"
     to = Path(to)
     check_new(to)
+    check_table(archive)
     if size < 8: raise MarsclrError(f'size {size} is too small: packed images have at least 8 px')
     if not 0 <= reading.overlap < size:
         raise MarsclrError(f'--overlap {reading.overlap}: give 0 to {size-1} pixels')
@@ -123,7 +124,11 @@ def marsclr_pack(
     check_new(to)
     archive = layouts[layout](root, follow=follow_links) if own else layouts[layout](root or None)
     if archive.left_out: print(f'left out: {archive.left_out}', flush=True)
-    if labels or layout == 'classes': archive = label_archive(archive, labels, group_by, seed)
+    labeled = archive.table[archive.table.label >= 0]
+    undivided = len(labeled) and not labeled.split.any()
+    if labels or layout == 'classes' or undivided:
+        archive = label_archive(archive, labels, group_by, seed)
     pack = pack_archive(archive, to, size, workers or None, progress=True, reading=reading)
     unread = read_json(Path(to)/'pack.json')['quarantined']
-    print(f'{pack}\n{unread} files could not be read' + f', see {to}/quarantine.csv'*bool(unread))
+    where = f' or are too small, see {to}/quarantine.csv' if unread else ''
+    print(f'{pack}\n{unread} files could not be read{where}')

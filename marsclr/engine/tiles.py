@@ -81,6 +81,8 @@ def say_loss(
     short,long = sides.T
     shrunk = np.median(short)/size
     cut = 1 - (short/long).mean()
+    if shrunk < .5:
+        return f'images are enlarged {1/shrunk:.1f} times (median): a smaller --size loses nothing'
     if shrunk < 2 and cut < .3: return ''
     tiles = sum(len(plan_tiles(int(w), int(h), size)[1]) for h,w in shapes)
     return (f'images are shrunk {shrunk:.1f} times (median), and {cut:.0%} of them are cut off '
