@@ -6,7 +6,7 @@ import numpy as np, pandas as pd
 from marsclr.datasets import Archive, check_files, make_table
 from marsclr.engine.files import MarsclrError, data_root
 from marsclr.engine.labels import draw_split
-from marsclr.engine.packing import pack_archive
+from marsclr.engine.packing import layouts, marsclr_pack, pack_archive
 import io, shutil, tempfile
 from contextlib import redirect_stdout
 import IPython.display
@@ -20,9 +20,8 @@ from marsclr.archives.zenodo import unpack
 from marsclr.engine.clusters import capture_clusters
 from marsclr.engine.files import digest
 from marsclr.engine.labels import image_groups
-from marsclr.engine.packing import load_pack, marsclr_pack
+from marsclr.engine.packing import load_pack
 from stand_in import StandIn
-from marsclr.engine.packing import layouts
 
 
 def test_perhaps_no_code_is_needed():
@@ -57,7 +56,7 @@ def test_perhaps_no_code_is_needed():
 def test_the_reader():
     global archive, microscope
     def microscope(
-        root=None, # the folder `microscope`, under `data_root()` by default
+        root=None, # the folder `microscope`, by default in that of MARSCLR_DATA or ~/.cache/marsclr
     ) -> Archive:
         "200 pictures of four minerals. Source: https://example.org/microscope. Licence: CC BY 4.0"
         root = Path(root or data_root()/'microscope')
@@ -67,7 +66,7 @@ def test_the_reader():
         label = [classes.index(name) if name else -1 for name in notes.mineral]
         table = make_table('pictures/'+notes.picture, domain='microscope', label=label)
         table['sequence'] = notes['sample']
-        return check_files(Archive('Microscope', root, table, classes))
+        return draw_split(check_files(Archive('Microscope', root, table, classes)))
 
     archive = microscope(source)
     test_eq(archive.classes, ['basalt', 'clay', 'gypsum', 'sand'])
@@ -77,6 +76,11 @@ def test_the_reader():
     print(archive)
     archive.table[['path', 'label', 'sequence']].head(3)
 
+    counts = archive.table.label.value_counts().drop(-1).sort_index()
+    counts.index = archive.classes
+    test_eq(counts.sum(), 180)
+    counts.to_dict()
+
     (source/'pictures'/'0007.png').rename(tmp/'0007.png')
     with expect_fail(MarsclrError, 'pictures/0007.png'): microscope(source)
     (tmp/'0007.png').rename(source/'pictures'/'0007.png')
@@ -84,8 +88,6 @@ def test_the_reader():
 
 
 def test_a_split_that_leaves_groups_whole():
-    global archive
-    archive = draw_split(archive)
     labeled = archive.table[archive.table.label >= 0]
     assert (labeled.groupby('sequence').split.nunique() == 1).all()
     test_eq(len(np.unique(image_groups(archive.table))), notes['sample'].nunique())
