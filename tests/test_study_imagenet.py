@@ -41,11 +41,14 @@ def test_opening():
 
 
 def test_on_msl_v2_1():
-    table = pd.read_csv('../results/imagenet-msl.csv')
+    names = dict(
+        L1='small crops', L2='lower rate', L3='all layers alike', L4='higher rate', L5='large crops',
+        R1='from random weights')
+    table = pd.read_csv('../results/imagenet-msl.csv').replace(dict(name=names))
     trained = table[table.name != 'frozen'].drop_duplicates('name').set_index('name')
     told = ['lr', 'layer_decay', 'frozen_norm', 'epochs', 'image_size', 'crop_min', 'crop_max']
     configs = pd.DataFrame({name: json.loads(text) for name,text in trained.config.items()}).T
-    configs.loc[sorted(configs.index), told].fillna('')
+    configs.loc[list(names.values()), told].fillna('')
 
     losses = table.pivot(index='name', columns='features', values='val_loss')
     right = 100*table.pivot(index='name', columns='features', values='accuracy')

@@ -65,13 +65,14 @@ def train_ours(
 # %% ../../nbs/study/peer_methods.ipynb #ce32b4fd
 def train_aware(
     job:Job,
+    recipe=from_random, # or another that `pretrain` takes
 ) -> torch.nn.Module:
     "The cluster-aware loss with clusters of pixels, bursts kept together"
     seen = pool_groups(pixel_features(job.pack), capture_clusters(job.pack).ids)
     k = min(14, len(job.pack)//4)
     found = feature_clusters(seen, job.pack, k, job.seed, 'pixels + capture')
     found.save(job.to/'clusters.npz')
-    return train_ours(job, str(job.to/'clusters.npz'), **dict(from_random, loss='cluster_aware'))
+    return train_ours(job, str(job.to/'clusters.npz'), **dict(recipe, loss='cluster_aware'))
 
 # %% ../../nbs/study/peer_methods.ipynb #8f605b3e
 def train_lightly(
@@ -152,6 +153,8 @@ peers = {
     'marsclr, eq. 1': ours(loss='ntxent'),
     'marsclr, cluster-aware': Peer(train_aware),
     'marsclr, from ImageNet': Peer(partial(train_ours, **from_imagenet), init='imagenet'),
+    'marsclr, cluster-aware from ImageNet': Peer(partial(train_aware, recipe=from_imagenet),
+                                                 init='imagenet'),
     'lightly, SimCLR': Peer(train_lightly, needs='lightly'),
     'lightly-train, SimCLR': Peer(train_lightly_train, needs='lightly_train'),
     'lightly-train, DINO': Peer(partial(train_lightly_train, method='dino'),
