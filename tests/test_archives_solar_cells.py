@@ -15,6 +15,8 @@ from PIL import Image
 from marsclr.diagnosis import diagnose, rate_of
 from marsclr.engine.labels import image_groups
 from marsclr.engine.packing import load_pack, pack_archive, save_pack
+from marsclr.study.cross_validation import plus_minus
+from marsclr.study.summaries import paired_differences
 from marsclr.archives.solar_cells import *
 
 
@@ -115,5 +117,17 @@ def test_what_the_diagnosis_says_and_the_truth():
     assert rate[0] < min(truth.values()) and max(truth.values()) < rate[4]
     print(f'diagnosed {rate[2]:.0%}, with 90% certainty {rate[0]:.0%} to {rate[4]:.0%}')
     for name,value in truth.items(): print(f'{name}: {value:.0%} of the negatives are false')
+
+
+def test_did_following_the_advice_pay():
+    peers = pd.read_csv('../results/peers-solar_cells.csv')
+    peers = peers[peers.labels == 100]
+    shown = ['random weights', 'marsclr, DCL', 'marsclr, cluster-aware', 'frozen ImageNet']
+    by_layer = 100*peers.groupby(['method', 'layer']).accuracy.mean().unstack().loc[shown]
+    last = peers[peers.layer == 'last']
+    gain = paired_differences(last, 'marsclr, DCL').loc['marsclr, cluster-aware']
+    assert 0 < gain['mean'] < gain.half
+    print(f"cluster-aware, less DCL, last layer: {plus_minus(gain['mean'], gain.half, '+')} points")
+    by_layer.round(1)
 
     shutil.rmtree(tmp)

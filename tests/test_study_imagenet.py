@@ -16,7 +16,10 @@ from marsclr.archives.marsyard import write_marsyard
 from marsclr.datasets import msl
 from marsclr.engine.encoders import create_encoder
 from marsclr.engine.packing import pack_archive
+from marsclr.study.cross_validation import compare_methods, paired_gain, plus_minus
 from marsclr.study.figures import colour_of
+from marsclr.study.grid import read_cells
+from marsclr.study.summaries import paired_differences
 from marsclr.study.imagenet import *
 
 
@@ -87,3 +90,58 @@ def test_on_msl_v2_1():
     print(f"accuracy on test: {right.loc[best, 'beside frozen']:.1f} instead of {frozen_right:.1f} %; "
           f'over all six {more.min():+.1f} to {more.max():+.1f} points')
     print(f"alone: at best {right['alone'].max():.1f} %, {losses['alone'].min():.3f} nats")
+
+
+def test_three_seeds_of_one_recipe():
+    cells = read_cells('../results/imagenet-msl/recommended.csv')
+    blocks = read_cells('../results/imagenet-msl/cross_validation.csv')
+    short_names = {'frozen ImageNet, layer=stages and last': 'frozen',
+                   'frozen ImageNet': 'frozen, last layer',
+                   'DCL, layer=mirrored': 'DCL, alone',
+                   'DCL, layer=beside frozen': 'DCL, beside frozen'}
+    cells,blocks = (some[some.method.isin(short_names)].replace(dict(method=short_names))
+                    for some in (cells, blocks))
+    of_dcl = cells[cells.method.str.startswith('DCL')]
+    minutes = of_dcl.drop_duplicates('seed').train_cpu_s.mean()/120
+    print(f'{of_dcl.epochs.iloc[0]} epochs of {of_dcl.pool.iloc[0]} images, {minutes:.0f} minutes '
+          f'on two cores; {of_dcl.seed.nunique()} seeds')
+
+    def for_each_seed(some):
+        "The frozen network's rows once for each seed of the others"
+        is_frozen = some.method.str.startswith('frozen')
+        seeds = some[~is_frozen].seed.unique()
+        return pd.concat([*(some[is_frozen].assign(seed=seed) for seed in seeds), some[~is_frozen]])
+
+    def on_test(pack, labels):
+        "Accuracy on test in %, means over draws and seeds, and the gain over the frozen network"
+        here = for_each_seed(cells[(cells['pack'] == pack) & (cells.labels == labels)])
+        by_seed = here.groupby(['method', 'seed'], sort=False, as_index=False).accuracy.mean()
+        means = 100*by_seed.groupby('method', sort=False).accuracy.mean()
+        gains = paired_differences(by_seed, 'frozen').reindex(means.index)
+        gains.half = gains.half.where(gains.index.str.startswith('DCL')) # nothing is drawn in others
+        told = [plus_minus(gain['mean'], gain.half, '+') for _,gain in gains.iterrows()]
+        name = 'all labels' if labels == 100 else 'a tenth'
+        return pd.DataFrame({name: means.round(1), f'gain, {name}': told}).replace('+nan', '')
+
+    def both_on_test(pack):
+        "With all labels and with a tenth, and log-loss on val"
+        all_labels = cells[(cells['pack'] == pack) & (cells.labels == 100)]
+        val = all_labels.groupby('method').val_loss.mean().round(3)
+        return on_test(pack, 100).join(on_test(pack, 10)).assign(val=val)
+
+    on_msl = both_on_test('MSL v2.1')
+    on_msl
+
+    compared = compare_methods(for_each_seed(blocks[blocks['pack'] == 'MSL v2.1']), 'frozen')
+    compared
+
+    beside,frozen = (for_each_seed(blocks)[lambda rows: rows.method == method]
+                     for method in ('DCL, beside frozen', 'frozen'))
+    gained = paired_gain(beside, frozen)
+    less_loss = paired_gain(beside, frozen, 'log_loss')
+    assert gained['gain'] > 0 and less_loss['gain'] + less_loss['half'] < 0
+    of_test = on_msl.loc['DCL, beside frozen']
+    print(f"all originals: {plus_minus(gained['gain'], gained['half'], '+')} points, "
+          f"log-loss {less_loss['gain']/100:+.3f} ± {less_loss['half']/100:.3f} nats\n"
+          f"official test: {of_test['all labels']} % with all labels, {of_test['a tenth']} % with "
+          f"a tenth;\nlog-loss on val {of_test.val:.3f}")

@@ -21,8 +21,10 @@ from marsclr.study.summaries import half_width, paired_differences
 import tempfile
 from unittest.mock import patch
 from fastcore.test import *
+from matplotlib import pyplot as plt
 from IPython.utils.capture import capture_output
 from marsclr.study.homogeneity import yard_pack
+from marsclr.study.presets import presets
 from marsclr.study.peers import *
 
 
@@ -79,6 +81,42 @@ def test_in_a_table():
     test_eq(found.loc['ours', '100 % of the labels'], '50.7 ± 2.9')
     test_eq(found.loc['ours', 'less frozen, 100 %'], '+0.7 ± 2.9')
     test_eq(found.loc['frozen ImageNet', 'less frozen, 100 %'], '')
+    test_eq(found.loc['frozen ImageNet', '100 % of the labels'], '50.0')
     found.T
+
+
+def test_what_came_of_it_solar_cells():
+    speeds = pd.read_csv('../results/peers-solar_cells-speed.csv').set_index('method').images_per_s
+    solar = pd.read_csv('../results/peers-solar_cells.csv')
+    epochs = solar.groupby('method').epochs.max()
+    minutes = presets['peers']['solar_cells'].minutes
+    for name in ('lightly, SimCLR', 'lightly-train, SimCLR'):
+        ratio = speeds['marsclr, eq. 1']/speeds[name]
+        assert ratio > 1.5
+        print(f'{name}: {ratio:.1f} times as long for an image as marsclr, eq. 1')
+    print(f'{minutes} minutes of two cores for each')
+    pd.DataFrame(dict(images_per_s=speeds.round().astype(int), epochs=epochs[speeds.index]))
+
+    peers_summary(solar)
+
+    peers_summary(solar, 'last')
+
+    fig,axs = plt.subplots(1, 2, figsize=(8, 3), dpi=80, sharey=True, layout='constrained')
+    order = solar[(solar.layer == 'stages') & (solar.labels == 100)].groupby('method').accuracy.mean()
+    order = order.sort_values().index
+    for ax,layer in zip(axs, ('stages', 'last')):
+        for labels,fill,name in ((100, 'full', 'all labels'), (10, 'none', 'a tenth')):
+            some = solar[(solar.layer == layer) & (solar.labels == labels)]
+            means = 100*some.groupby('method').accuracy.mean()[order]
+            ax.plot(means, order, 'o', fillstyle=fill, color='tab:blue', label=name)
+        ax.set_title({'stages': 'all stages', 'last': 'last layer'}[layer], size=10)
+        ax.set_xlabel('accuracy on test, %')
+    axs[0].legend(fontsize=8)
+    plt.show()
+
+    frozen = solar[(solar.method == 'frozen ImageNet') & (solar.labels == 100)]
+    half = 50*(frozen.high - frozen.low).mean()
+    print(f"{frozen.images.iloc[0]} test images: an accuracy is known to ± {half:.1f} points, "
+          'whatever the seeds say')
 
     shutil.rmtree(tmp)
