@@ -1,12 +1,15 @@
 "From a folder and labels of one's own to a probe's accuracy."
 import json
+from pathlib import Path
+from unittest.mock import patch
 
-import pytest
+import numpy as np, pytest
 from fastcore.test import expect_fail
 
 from marsclr.linear_evaluation import marsclr_probe
 from marsclr.archives.marsyard import marsyard
-from marsclr.engine.packing import load_pack, marsclr_pack
+from marsclr.datasets import Archive, make_table
+from marsclr.engine.packing import layouts, load_pack, marsclr_pack
 from PIL import Image
 
 
@@ -69,3 +72,14 @@ def test_class_folders(archive, tmp_path):
         assert p.classes == ['rock', 'sand, dark', 'sky'] and p.table.label.value_counts().to_dict() == {i: n for i, n in enumerate(table.label.value_counts().sort_index())}
     assert p.table.split.value_counts().to_dict() == table.split.value_counts().to_dict()
     with expect_fail(SystemExit, 'lies in no class folder'): marsclr_pack(['classes', str(tmp_path/'x'), '--root', str(root/'in')])
+
+
+def test_a_reader_that_gives_no_split_gets_one(tmp_path, capsys):
+    for i in range(40): Image.fromarray(np.full((16, 16), i, np.uint8)).save(tmp_path/f'{i:02d}.png')
+    def reader(root):
+        table = make_table([f'{i:02d}.png' for i in range(40)], 'mine', label=[i % 2 for i in range(40)])
+        return Archive('mine', Path(root), table, ['a', 'b'])
+    with patch.dict(layouts, mine=reader):
+        marsclr_pack(['mine', str(tmp_path/'mine.pack'), '--root', str(tmp_path), '--size', '16'])
+    assert 'no split is given; drawn by burst' in capsys.readouterr().out
+    assert set(load_pack(tmp_path/'mine.pack').table.split) == {'train', 'val', 'test'}

@@ -181,7 +181,7 @@ def peers_summary(
         by_seed = some.groupby(['method', 'seed'], sort=False, as_index=False).accuracy.mean()
         gains = paired_differences(by_seed, 'frozen ImageNet')
         for method,seeds in by_seed.groupby('method', sort=False).accuracy:
-            half = half_width(100*seeds) if seeds.nunique() > 1 else np.nan # frozen: no seed counts
+            half = half_width(100*seeds) if seeds.nunique() > 1 else np.nan # all alike
             told = plus_minus(100*seeds.mean(), half)
             row = rows.setdefault(method, dict(seeds=len(seeds)))
             row[f'{labels} % of the labels'] = told
