@@ -24,8 +24,8 @@ from ..engine.packing import Pack, concat_packs
 from .cluster_study import needs_eq1, needs_texture, source_features
 from .data_sets import data_sets
 from .layers import layer_features
-from .recipes import Recipe, but, encoder_of, eq1, frozen_in_full
-from .recipes import pretrain_settings, recipe_of, settings_of
+from .recipes import Recipe, but, encoder_of, eq1, pretrain_settings, recipe_of
+from .recipes import set_beside, settings_of
 from .settings import GridSettings
 from .supervised import supervised
 from ..texture import texture_clusters
@@ -262,11 +262,11 @@ def features_path(self:Lab, recipe:Recipe, seed:int, pack:Pack, run) -> Path:
 
 # %% ../../nbs/study/methods.ipynb #5ceea882
 @patch
-def beside_frozen(self:Lab, recipe:Recipe, seed:int, pack:Pack) -> tuple:
+def beside_frozen(self:Lab, recipe:Recipe, seed:int, pack:Pack, frozen:Recipe) -> tuple:
     "The frozen ImageNet network's features, and beside them a trained encoder's; its run folder"
     trained = but(encoder_of(recipe), layer='mirrored')
     own,run = self.features(trained, seed, pack)
-    known,_ = self.features(frozen_in_full, seed, pack)
+    known,_ = self.features(frozen, seed, pack)
     return np.hstack([known, own]), run
 
 # %% ../../nbs/study/methods.ipynb #7a2aecef
@@ -279,7 +279,7 @@ def features(self:Lab,
     "Features of a labeled pack, from the encoder of a method; made if they are not there"
     recipe = recipe_of(method)
     layer = settings_of(recipe).get('layer')
-    if layer == 'beside frozen': return self.beside_frozen(recipe, seed, pack)
+    if layer in set_beside: return self.beside_frozen(recipe, seed, pack, set_beside[layer])
     run = self.train(recipe, seed, pack)
     path = self.features_path(recipe, seed, pack, run)
     if not path.exists():

@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['names_of_weights', 'names_of_losses', 'names_of_pools', 'names_of_additions', 'changeable', 'cluster_sources',
            'usual_k', 'random_weights', 'frozen', 'from_labels', 'eq1', 'dcl', 'aware', 'view_positives', 'elimination',
-           'attraction', 'central', 'frozen_in_full', 'mixed', 'domains', 'with_natural', 'with_train', 'recommended',
-           'plain', 'groups', 'groups_from_imagenet', 'known', 'Recipe', 'typed', 'check_changes', 'but', 'settings_of',
-           'pretrain_settings', 'base_of', 'encoder_of', 'with_each', 'remember', 'recipe_of']
+           'attraction', 'central', 'frozen_in_full', 'frozen_last', 'set_beside', 'mixed', 'domains', 'with_natural',
+           'with_train', 'recommended', 'plain', 'groups', 'groups_from_imagenet', 'known', 'Recipe', 'typed',
+           'check_changes', 'but', 'settings_of', 'pretrain_settings', 'base_of', 'encoder_of', 'with_each', 'remember',
+           'recipe_of']
 
 # %% ../../nbs/study/recipes.ipynb #c7e5fb3b
 from dataclasses import dataclass, replace
@@ -149,6 +150,8 @@ elimination = Recipe(loss='elimination', clusters='pixels + capture')
 attraction = Recipe(loss='attraction', clusters='pixels + capture')
 central = Recipe(loss='cluster_aware', clusters='central pixels + capture')
 frozen_in_full = but(frozen, layer='stages and last')
+frozen_last = but(frozen, layer='mirrored')
+set_beside = {'beside frozen': frozen_in_full, 'beside frozen last': frozen_last}
 
 # %% ../../nbs/study/recipes.ipynb #9691c46f
 mixed = Recipe(pool='mixed')
@@ -223,12 +226,12 @@ groups = dict(
         | _each(_one, *_parts))
 
 # %% ../../nbs/study/recipes.ipynb #0c501144
-_beside = [but(recipe, layer='beside frozen') for recipe in (dcl, aware['pixels + capture'])]
-_from_imagenet = _each(_one, frozen_in_full, frozen) | _each(_three, *_beside)
+_trained = dcl, aware['pixels + capture']
+_beside = [but(recipe, layer=layer) for recipe in _trained for layer in set_beside]
+_from_imagenet = (_each(_one, frozen_in_full, frozen_last, frozen)
+                  | _each(_three, but(dcl, layer='mirrored'), *_beside))
 
-groups_from_imagenet = dict(
-    recommended=_from_imagenet | _each(_three, but(dcl, layer='mirrored')),
-    cross_validation=_from_imagenet)
+groups_from_imagenet = dict(recommended=_from_imagenet, cross_validation=_from_imagenet)
 
 # %% ../../nbs/study/recipes.ipynb #1188f8d0
 known = {recipe.name: recipe for recipe in plain}
