@@ -190,7 +190,7 @@ def marsclr_atlas(
     squares = load_pack(pack)
     data = middle_tiles(squares) if by_image else squares
     to = Path(to or f'{pack_stem(pack)}.atlas')
-    encoder = named_encoders(run, backbone, seed)
+    encoder = named_encoders(run, backbone, seed=seed, unit=True)
     source = dict(run=run_places(run), weights=weights_hash(run), backbone=backbone, size=size,
                   by_image=by_image)
     if serve: check_port(port)
@@ -252,7 +252,7 @@ def encode_file(
     got = read_pieces(image, pack.size, reading)
     if got.reason: raise MarsclrError(f'{image} cannot be read: {got.reason}')
     alone = Pack([got.pixels], pd.DataFrame(dict(path=[str(image)]*len(got.pixels))))
-    encoder = named_encoders(told['run'], told['backbone'], told['seed'])
+    encoder = named_encoders(told['run'], told['backbone'], seed=told['seed'], unit=True)
     return encode(encoder, alone, told['size'] or None).mean(0, keepdim=True).numpy()
 
 # %% ../nbs/11_atlas.ipynb #11at002f

@@ -29,7 +29,8 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import TensorDataset
 from .engine.files import MarsclrError, atomic_write, check_new, read_json, write_json
 from .engine.commands import command
-from .engine.embed import by_image as mean_by_image, load_projection, named_encoder
+from .engine.embed import by_image as mean_by_image, describe_encoders
+from .engine.embed import load_projection, named_encoders, probe_folder
 from .engine.encoders import ContrastiveModel, Stages, create_encoder, encode
 from .engine.encoders import load_encoder, pick_device, projection_head, width
 from .engine.logistic import choose_penalty
@@ -37,7 +38,6 @@ from .engine.packing import load_pack
 from .engine.predict import keep_classifier, predict_into
 from .engine.processes import process_group, rank
 from .engine.sizes import features_size
-from .engine.weights import backbone_of, describe_init
 from .training import adam
 
 # %% ../nbs/05_linear_evaluation.ipynb #lin00001
@@ -228,16 +228,13 @@ def _write_result(to, result, table, **asked):
 # %% ../nbs/05_linear_evaluation.ipynb #ea8cb559
 def check_options(run, to, kind, size, stages, predict=''):
     "Refuse options of `marsclr_probe` that do not fit together"
-    untrained = run in ('random', 'imagenet')
     if size < 0:
         raise MarsclrError(f'--size {size}: give a number of pixels, or 0 for that of the pack')
-    if untrained and kind == 'projection':
-        raise MarsclrError(f'--kind projection: {run} weights have no projection head; give a run')
+    if kind == 'projection' and not Path(run).exists():
+        raise MarsclrError(f'--kind projection: {run} has no projection head; give one run')
     if stages and kind == 'projection':
         raise MarsclrError('--stages and --kind projection exclude each other: '
                            'a projection has no stages')
-    if untrained and to.parts[:1] == (run,):
-        raise MarsclrError(f'{run} weights have no run folder: give --to')
     if predict and kind not in ('logistic', 'projection'):
         raise MarsclrError(f'--predict goes with --kind logistic or projection, not with {kind}')
     if not (predict and (to/'classifier.npz').is_file()): check_new(to)
@@ -246,12 +243,14 @@ def check_options(run, to, kind, size, stages, predict=''):
 def probed_encoder(run, kind, backbone, stages, seed):
     "The network that `marsclr_probe` asks for"
     if kind == 'projection': return load_projection(run)
-    return named_encoder(run, backbone*(run == 'random'), stages, seed)
+    return named_encoders(run, backbone, stages, seed)
 
 # %% ../nbs/05_linear_evaluation.ipynb #lin00015
 @partial(command, several=True)
 def marsclr_probe(
-    run:str,              # run folder, or `imagenet` (needs the extra imagenet), or `random`
+    # run folder, or `imagenet` (needs the extra imagenet), or `random`; several, separated by
+    # commas, are probed side by side
+    run:str,
     pack:str,             # labeled pack folder
     to:str='',            # folder for the results, RUN/probe-PACK by default
     kind:str='logistic',  # logistic, linear (Adam), dense128 (a hidden layer) or projection
@@ -264,7 +263,7 @@ def marsclr_probe(
 ):
     "Linear evaluation of a frozen encoder on a labeled pack"
     data = load_pack(pack)
-    to = Path(to or f'{run}/probe-{Path(pack).name}')
+    to = probe_folder(run, to, pack)
     check_probe(data.table, kind)
     check_options(run, to, kind, size, stages, predict)
     others = load_pack(predict) if predict else None
@@ -274,8 +273,8 @@ def marsclr_probe(
         features = None if to.exists() else encode(encoder, data, size, progress=True)
         of_others = encode(encoder, others, size, progress=True) if others else None
         if rank(): return
-    asked = dict(run=run, weights=describe_init(run), pack=data.name, kind=kind, stages=stages,
-                 backbone=backbone_of(run, backbone*(run == 'random')), size=size, seed=seed)
+    asked = describe_encoders(run, backbone)
+    asked |= dict(pack=data.name, kind=kind, stages=stages, size=size, seed=seed)
     if features is not None: _probe_into(to, features, data, by_image, predict, asked)
     if predict: predict_into(to, of_others, others, Path(predict).name, asked)
 

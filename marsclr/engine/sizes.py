@@ -81,4 +81,4 @@ def _own_sizes(net):
     for attribute in ('trained_at', 'default_cfg'):
         for module in net.modules():
             found = getattr(module, attribute, None)
-            if found: yield found['input_size'][-1] if isinstance(found, dict) else found
+            if found: yield found.get('input_size', [0])[-1] if isinstance(found, dict) else found
