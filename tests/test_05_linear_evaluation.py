@@ -21,7 +21,8 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import TensorDataset
 from marsclr.engine.files import MarsclrError, atomic_write, check_new, read_json, write_json
 from marsclr.engine.commands import command
-from marsclr.engine.embed import by_image as mean_by_image, load_projection, named_encoder
+from marsclr.engine.embed import by_image as mean_by_image, describe_encoders
+from marsclr.engine.embed import load_projection, named_encoders, probe_folder
 from marsclr.engine.encoders import ContrastiveModel, Stages, create_encoder, encode
 from marsclr.engine.encoders import load_encoder, pick_device, projection_head, width
 from marsclr.engine.logistic import choose_penalty
@@ -29,7 +30,6 @@ from marsclr.engine.packing import load_pack
 from marsclr.engine.predict import keep_classifier, predict_into
 from marsclr.engine.processes import process_group, rank
 from marsclr.engine.sizes import features_size
-from marsclr.engine.weights import backbone_of, describe_init
 from marsclr.training import adam
 import importlib.util, shutil, tempfile
 from fastcore.test import *
@@ -163,6 +163,9 @@ def test_from_the_command_line():
         check_options('random', tmp/'p', 'logistic', size=-1, stages=False)
     with expect_fail(MarsclrError, 'a projection has no stages'):
         check_options(tmp/'run', tmp/'p', 'projection', size=0, stages=True)
+    for run in 'random', 'imagenet', 'imagenet,my-run':
+        with expect_fail(MarsclrError, f'{run} has no projection head'):
+            check_options(run, tmp/'p', 'projection', size=0, stages=False)
 
     named = probed_encoder('random', 'logistic', 'resnet18', stages=False, seed=0)
     test_eq(named.state_dict()['conv1.weight'], before['conv1.weight'])
@@ -178,6 +181,10 @@ def test_from_the_command_line():
     run_probe('random', tmp/'pack', '--to', tmp/'stages', '--seed', 0, '--stages')
     summary = read_json(tmp/'stages/summary.json')
     test_eq([summary[name] for name in ('backbone', 'seed', 'stages')], ['resnet18', 0, True])
+    run_probe('random,random', tmp/'pack', '--to', tmp/'both', '--seed', 0)
+    both = read_json(tmp/'both/summary.json')
+    test_eq(both['backbone'], 'resnet18, resnet18')
+    test_close(both['accuracy'], result.accuracy, eps=.02)
     plt.close('all')
 
     seeded = ('random', tmp/'pack', '--to', tmp/'kept', '--seed')
@@ -196,7 +203,7 @@ def test_from_the_command_line():
         ('random', tmp/'pack', '--to', tmp/'p', '--kind', 'cubic'): 'choose from logistic linear',
         (tmp/'nowhere', tmp/'pack'): 'holds no encoder',
         ('random', tmp/'nowhere', '--to', tmp/'p'): 'is not a pack',
-        ('random', tmp/'pack', '--to', tmp/'p', '--kind', 'projection'): 'have no projection head',
+        ('random', tmp/'pack', '--to', tmp/'p', '--kind', 'projection'): 'has no projection head',
         ('random', tmp/'pack', '--to', tmp/'probe'): 'exists: remove it',
     }.items():
         with expect_fail(SystemExit, why): run_probe(*words)
@@ -206,7 +213,7 @@ def test_from_the_command_line():
         test_eq(read_json(tmp/'imagenet/summary.json')['backbone'], 'tf_efficientnet_lite0')
         plt.close('all')
     else: print('the extra imagenet is not installed: left out')
-    with expect_fail(SystemExit, 'imagenet weights have no run folder'):
+    with expect_fail(SystemExit, 'imagenet has no run folder'):
         run_probe('imagenet', tmp/'pack')
 
     shutil.rmtree(tmp)

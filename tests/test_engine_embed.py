@@ -38,9 +38,17 @@ def test_which_encoder():
     test_eq(encoder_names('imagenet, my-run'), ['imagenet', 'my-run'])
     for none in ('', 'random,'):
         with expect_fail(MarsclrError, 'leaves an encoder out'): encoder_names(none)
-    test_eq(named_encoders('random,random', 'resnet10t', 1)(torch.zeros(1, 3, 32, 32)).shape, (1, 1024))
-    test_eq(named_encoders('random', 'resnet10t', 1)(torch.zeros(1, 3, 32, 32)).shape, (1, 512))
-    with expect_fail(MarsclrError, 'nowhere holds no encoder'): named_encoders('random,nowhere', '', 1)
+    black = torch.zeros(1, 3, 32, 32)
+    alone = named_encoders('random', 'resnet10t', seed=1)(black)
+    twice = named_encoders('random,random', 'resnet10t', seed=1).eval()
+    assert alone.shape == (1, 512) and twice(black).shape == (1, 1024)
+    scaled = named_encoders('random,random', 'resnet10t', seed=1, unit=True)(black)
+    test_close(scaled.norm(), 2**.5, eps=1e-5)
+    test_eq(width(named_encoders('random,random', 'resnet10t', stages=True)), 2*6624)
+    test_eq(describe_encoders('random,random', 'resnet10t'), dict(
+        run='random,random', weights='random weights, random weights',
+        backbone='resnet10t, resnet10t'))
+    with expect_fail(MarsclrError, 'nowhere holds no encoder'): named_encoders('random,nowhere')
 
     test_eq(run_places('random,imagenet'), 'random,imagenet')
     test_eq(weights_hash('random,imagenet'), '')
@@ -48,6 +56,10 @@ def test_which_encoder():
         (Path(folder)/'encoder.safetensors').write_bytes(b'weights')
         test_eq(run_places(f'random,{folder}'), f'random,{Path(folder).resolve()}')
         test_eq(len(weights_hash(f'random,{folder}')), 12)
+    test_eq(probe_folder('my-run', '', 'packs/my.pack'), Path('my-run/probe-my.pack'))
+    for run in 'random', 'imagenet', 'imagenet,my-run':
+        with expect_fail(MarsclrError, f'{run} has no run folder: give --to'):
+            probe_folder(run, '', 'my.pack')
 
     tmp = Path(tempfile.mkdtemp())
     (tmp/'run').mkdir()

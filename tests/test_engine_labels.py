@@ -121,8 +121,8 @@ def test_a_split_that_groups_do_not_cross():
     check_table(both)
     path = both.table.path[0]
     for column,value,what in [
-            ('split', 'Train', "split 'Train' is not train"), ('sol', 'x', "sol holds 'x'"),
-            ('label', 7, 'label 7 of 2 classes'), ('path', path, 'has two rows')]:
+            ('split', 'Train', "split 'Train': write train"), ('sol', 'x', "sol holds 'x'"),
+            ('label', 7, 'label 7, but 2 classes'), ('path', path, 'has two rows')]:
         wrong = replace(both, table=both.table.assign(**{column: value}))
         with expect_fail(MarsclrError, what): check_table(wrong)
     few = replace(both, table=both.table.drop(columns='camera'))

@@ -16,8 +16,8 @@ from marsclr.engine.packing import Pack, concat_packs
 from marsclr.study.cluster_study import needs_eq1, needs_texture, source_features
 from marsclr.study.data_sets import data_sets
 from marsclr.study.layers import layer_features
-from marsclr.study.recipes import Recipe, but, encoder_of, eq1, frozen_in_full
-from marsclr.study.recipes import pretrain_settings, recipe_of, settings_of
+from marsclr.study.recipes import Recipe, but, encoder_of, eq1, pretrain_settings, recipe_of
+from marsclr.study.recipes import set_beside, settings_of
 from marsclr.study.settings import GridSettings
 from marsclr.study.supervised import supervised
 from marsclr.texture import texture_clusters
@@ -150,13 +150,15 @@ def test_features():
     test_eq(lab.features(random_weights, 42, yard)[0], random)
 
     with capture_output():
-        joined,run = lab.features(but(dcl, layer='beside frozen'), 42, yard)
-        known,_ = lab.features(frozen_in_full, 42, yard)
-    test_eq(run, made[dcl])
-    test_eq(joined[:, :known.shape[1]], known)
-    test_eq(joined.shape[1] - known.shape[1], 512)
-    test_ne(joined[:, known.shape[1]:], x)
-    print(f'{known.shape[1]} of the frozen network, 512 of ours')
+        both = {layer: lab.features(but(dcl, layer=layer), 42, yard) for layer in set_beside}
+        alone = {layer: lab.features(frozen, 42, yard)[0] for layer,frozen in set_beside.items()}
+    for layer,(joined,run) in both.items():
+        known = alone[layer]
+        test_eq(run, made[dcl])
+        test_eq(joined[:, :known.shape[1]], known)
+        test_eq(joined.shape[1] - known.shape[1], 512)
+        test_ne(joined[:, known.shape[1]:], x)
+        print(f'{layer}: {known.shape[1]} of the frozen network, 512 of ours')
 
     with capture_output(): run = lab.train(but(dcl, temperature=.2, epochs=2), 42)
     test_eq(run.name, 'dcl-temperature=0.2-epochs=2-seed42')

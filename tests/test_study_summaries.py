@@ -23,6 +23,12 @@ def test_seeds_and_test_images():
     test_close(gain.half, 4.3027/3**.5, eps=1e-3)
     test_eq(len(paired_differences(three, 'mixed-domain')), 0)
 
+    two_seeds = pd.DataFrame(dict(method=['frozen', 'DCL', 'DCL'], seed=[42, 43, 44]))
+    spread = for_each_seed(two_seeds)
+    test_eq(spread.method.tolist(), ['frozen', 'frozen', 'DCL', 'DCL'])
+    test_eq(spread.seed.tolist(), [43, 44, 43, 44])
+    spread
+
 
 def test_a_table_of_methods():
     test_eq(_over_seeds(pd.Series([.62, .64, .66])), '64.0 ± 5.0') # 4.3 times 2/sqrt(3)

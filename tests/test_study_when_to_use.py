@@ -4,7 +4,7 @@ import pandas as pd
 from marsclr.study.cross_validation import compare_methods
 from marsclr.study.grid import read_cells
 from marsclr.study.peers import peers_summary
-from marsclr.study.summaries import half_width, paired_differences
+from marsclr.study.summaries import for_each_seed, half_width, paired_differences
 
 
 def test_do_i_have_to_train():
@@ -36,10 +36,8 @@ def test_does_it_pay_to_train_on_from_imagenets_weights():
     mars = read_cells('../results/imagenet-msl/cross_validation.csv')
     short = {'frozen ImageNet, layer=stages and last': 'frozen, all stages',
              'frozen ImageNet': 'frozen, last layer', 'DCL, layer=beside frozen': 'beside frozen'}
-    mars = mars[mars['pack'] == 'MSL v2.1'].replace(dict(method=short))
-    drawn = mars.method == 'beside frozen' # nothing in a frozen network is
-    seeds = mars.seed[drawn].unique()
-    mars = pd.concat([*(mars[~drawn].assign(seed=seed) for seed in seeds), mars[drawn]])
+    mars = mars[(mars['pack'] == 'MSL v2.1') & mars.method.isin(short)].replace(dict(method=short))
+    mars = for_each_seed(mars)
     beside = compare_methods(mars, 'frozen, all stages')
     beside.drop(columns=['test', 'test less frozen, all stages']).T
 

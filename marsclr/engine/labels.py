@@ -185,11 +185,12 @@ def check_table(
         if not pd.api.types.is_numeric_dtype(table[name]):
             refuse(f'column {name} holds {table[name].iloc[0]!r}: give numbers')
     strange = sorted(set(table.split) - {'train', 'val', 'test', ''})
-    if strange: refuse(f'split {strange[0]!r} is not train, val, test or empty')
+    if strange: refuse(f'split {strange[0]!r}: write train, val or test, or leave it empty')
     classes = len(archive.classes)
-    if table.label.max() >= classes: refuse(f'label {table.label.max()} of {classes} classes')
+    if table.label.max() >= classes:
+        refuse(f'label {table.label.max()}, but {classes} classes: name one for each label from 0')
     twice = table.path[table.path.duplicated()]
-    if len(twice): refuse(f'{twice.iloc[0]} has two rows')
+    if len(twice): refuse(f'{twice.iloc[0]} has two rows: keep one')
 
 # %% ../../nbs/engine/labels.ipynb #lab0s002
 def say_small_classes(

@@ -187,5 +187,6 @@ def peers_summary(
             row[f'{labels} % of the labels'] = told
             if method in gains.index:
                 gain = gains.loc[method]
-                row[f'less frozen, {labels} %'] = plus_minus(gain['mean'], gain.half, '+')
+                half = gain.half or np.nan # all alike
+                row[f'less frozen, {labels} %'] = plus_minus(gain['mean'], half, '+')
     return pd.DataFrame(rows).T.fillna('')
