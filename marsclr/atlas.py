@@ -21,10 +21,11 @@ from .engine.atlas_server import check_port, check_same_atlas, serve_atlas
 from .engine.clusters import feature_clusters
 from .engine.commands import command
 from .engine.embed import by_image as mean_by_image
-from .engine.embed import middle_tiles, named_encoders, run_places, weights_hash
+from .engine.embed import middle_tiles
 from .engine.encoders import encode, pick_device
 from .engine.files import (MarsclrError, atomic_write, check_new, one_line, read_json,
                                   write_json)
+from .engine.named_encoders import named_encoders, run_places, weights_hash
 from .engine.packing import Pack, load_pack, pack_stem
 from .engine.reading import Reading, read_pieces
 from .engine.thumbnails import found_figure, map_figure, save_figure

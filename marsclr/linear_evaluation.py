@@ -29,11 +29,12 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import TensorDataset
 from .engine.files import MarsclrError, atomic_write, check_new, read_json, write_json
 from .engine.commands import command
-from .engine.embed import by_image as mean_by_image, describe_encoders
-from .engine.embed import load_projection, named_encoders, probe_folder
+from .engine.embed import by_image as mean_by_image
 from .engine.encoders import ContrastiveModel, Stages, create_encoder, encode
 from .engine.encoders import load_encoder, pick_device, projection_head, width
 from .engine.logistic import choose_penalty
+from .engine.named_encoders import describe_encoders, load_projection, named_encoders
+from .engine.named_encoders import probe_folder
 from .engine.packing import load_pack
 from .engine.predict import keep_classifier, predict_into
 from .engine.processes import process_group, rank
@@ -249,7 +250,7 @@ def probed_encoder(run, kind, backbone, stages, seed):
 @partial(command, several=True)
 def marsclr_probe(
     # run folder, or `imagenet` (needs the extra imagenet), or `random`; several, separated by
-    # commas, are probed side by side
+    # commas, are probed side by side; with :stages at its end, the stages of one of them
     run:str,
     pack:str,             # labeled pack folder
     to:str='',            # folder for the results, RUN/probe-PACK by default

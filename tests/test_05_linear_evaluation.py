@@ -21,11 +21,12 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import TensorDataset
 from marsclr.engine.files import MarsclrError, atomic_write, check_new, read_json, write_json
 from marsclr.engine.commands import command
-from marsclr.engine.embed import by_image as mean_by_image, describe_encoders
-from marsclr.engine.embed import load_projection, named_encoders, probe_folder
+from marsclr.engine.embed import by_image as mean_by_image
 from marsclr.engine.encoders import ContrastiveModel, Stages, create_encoder, encode
 from marsclr.engine.encoders import load_encoder, pick_device, projection_head, width
 from marsclr.engine.logistic import choose_penalty
+from marsclr.engine.named_encoders import describe_encoders, load_projection, named_encoders
+from marsclr.engine.named_encoders import probe_folder
 from marsclr.engine.packing import load_pack
 from marsclr.engine.predict import keep_classifier, predict_into
 from marsclr.engine.processes import process_group, rank

