@@ -188,7 +188,7 @@ def test_start_goes_on_after_a_kill(base, tmp_path):
     assert (folder/'plan.json').read_bytes() == plan
     made = {path.name for path in folder.iterdir()} - {'.lock'}
     assert made == {'config.json', 'images.pack', 'pairs.png', 'diagnosis.txt', 'diagnosis.json', 'plan.json',
-                    'run', 'features.npy', 'map.jpg', 'map.csv', 'neighbours.png'}
+                    'run', 'features.npy', 'encoder.pt2', 'map.jpg', 'map.csv', 'neighbours.png'}
     status, _, err = call(base, start_line(folder).replace('yard/', 'other/'), tmp_path/'other')
     assert status == 1 and 'is a run of another configuration' in err.splitlines()[-1]
 
