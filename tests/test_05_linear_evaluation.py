@@ -199,6 +199,7 @@ def test_from_the_command_line():
         run_probe(*seeded, 1, '--predict', tmp/'pack')
     with expect_fail(SystemExit, '--predict goes with --kind logistic or projection, not with linear'):
         run_probe(*seeded, 0, '--kind', 'linear', '--predict', tmp/'pack')
+    plt.close('all')
 
     for words,why in {
         ('random', tmp/'pack', '--to', tmp/'p', '--kind', 'cubic'): 'choose from logistic linear',
