@@ -52,6 +52,7 @@ def test_the_same_minutes():
 
 
 def test_what_the_encoders_are_worth():
+    global rows
     rows = probe_rows(peer_encoder('random weights', job), yard)
     test_eq([(row['layer'], row['labels']) for row in rows[:2]], [('last', 100), ('last', 10)])
     test_eq(len(rows), 8)
@@ -85,40 +86,79 @@ def test_in_a_table():
     found.T
 
 
-def test_what_came_of_it_solar_cells():
-    speeds = pd.read_csv('../results/peers-solar_cells-speed.csv').set_index('method').images_per_s
-    solar = pd.read_csv('../results/peers-solar_cells.csv')
-    epochs = solar.groupby('method').epochs.max()
-    minutes = presets['peers']['solar_cells'].minutes
-    for name in ('lightly, SimCLR', 'lightly-train, SimCLR'):
-        ratio = speeds['marsclr, eq. 1']/speeds[name]
-        assert ratio > 1.5
-        print(f'{name}: {ratio:.1f} times as long for an image as marsclr, eq. 1')
+def test_what_came_of_it():
+    global rows
+    names = dict(solar_cells='solar cells', msl='MSL v2.1')
+    rows = {data: pd.read_csv(f'../results/peers-{data}.csv') for data in names}
+    speeds = {data: pd.read_csv(f'../results/peers-{data}-speed.csv').set_index('method').images_per_s
+              for data in names}
+    minutes = presets['peers']['msl'].minutes
     print(f'{minutes} minutes of two cores for each')
-    pd.DataFrame(dict(images_per_s=speeds.round().astype(int), epochs=epochs[speeds.index]))
+    columns = {}
+    for data,name in names.items():
+        epochs = rows[data].groupby('method').epochs.max().reindex(speeds[data].index)
+        columns[f'images a second, {name}'] = speeds[data].round().astype(int)
+        columns[f'epochs, {name}'] = epochs.astype('Int64')
+    pd.DataFrame(columns)
 
-    peers_summary(solar)
+    for data,speed in speeds.items():
+        for name in ('lightly, SimCLR', 'lightly-train, SimCLR'):
+            ratio = speed['marsclr, eq. 1']/speed[name]
+            assert ratio > 1.5
+            print(f'{names[data]}: {name} takes {ratio:.1f} times as long for an image as ours, eq. 1')
+    dino = 7373/speeds['msl']['lightly-train, DINO']/60
+    assert dino > 4*minutes
+    print(f'one epoch of DINO on MSL: {dino:.0f} minutes')
 
-    peers_summary(solar, 'last')
 
-    fig,axs = plt.subplots(1, 2, figsize=(8, 3), dpi=80, sharey=True, layout='constrained')
-    order = solar[(solar.layer == 'stages') & (solar.labels == 100)].groupby('method').accuracy.mean()
-    order = order.sort_values().index
-    for ax,layer in zip(axs, ('stages', 'last')):
-        for labels,fill,name in ((100, 'full', 'all labels'), (10, 'none', 'a tenth')):
-            some = solar[(solar.layer == layer) & (solar.labels == labels)]
-            means = 100*some.groupby('method').accuracy.mean()[order]
-            ax.plot(means, order, 'o', fillstyle=fill, color='tab:blue', label=name)
-        ax.set_title({'stages': 'all stages', 'last': 'last layer'}[layer], size=10)
-        ax.set_xlabel('accuracy on test, %')
-    axs[1].legend(fontsize=8, loc='lower right')
-    plt.show()
+def test_solar_cells():
+    global accuracy_figure, test_size
+    peers_summary(rows['solar_cells'])
 
-    frozen = solar[(solar.method == 'frozen ImageNet') & (solar.labels == 100)]
-    half = 50*(frozen.high - frozen.low).mean()
-    print(f"{frozen.images.iloc[0]} test images: an accuracy is known to ± {half:.1f} points, "
-          'whatever the seeds say')
-    guessed = solar[solar.balanced_accuracy == .5].accuracy.max()
+    peers_summary(rows['solar_cells'], 'last')
+
+    def accuracy_figure(table):
+        "Accuracy of all encoders by layer, means over seeds and draws"
+        fig,axs = plt.subplots(1, 2, figsize=(8, 3), dpi=80, sharey=True, layout='constrained')
+        means = 100*table.groupby(['layer', 'labels', 'method']).accuracy.mean()
+        order = means['stages', 100].sort_values().index
+        for ax,(layer,title) in zip(axs, dict(stages='all stages', last='last layer').items()):
+            for labels,fill,name in ((100, 'full', 'all labels'), (10, 'none', 'a tenth')):
+                look = dict(fillstyle=fill, color='tab:blue', label=name)
+                ax.plot(means[layer, labels][order], order, 'o', **look)
+            ax.set_title(title, size=10)
+            ax.set_xlabel('accuracy on test, %')
+        axs[1].legend(fontsize=8, loc='lower right')
+
+    def test_size(table):
+        "How well the test images alone tell an accuracy"
+        frozen = table[(table.method == 'frozen ImageNet') & (table.labels == 100)]
+        half = 50*(frozen.high - frozen.low).mean()
+        print(f"{frozen.images.iloc[0]} test images: an accuracy is known to ± {half:.1f} points, "
+              'whatever the seeds say')
+
+    accuracy_figure(rows['solar_cells'])
+
+    test_size(rows['solar_cells'])
+    guessed = rows['solar_cells'].query('balanced_accuracy == .5').accuracy.max()
     print(f'always the larger class: {guessed:.1%}')
+
+
+def test_msl_v2_1():
+    peers_summary(rows['msl'])
+
+    peers_summary(rows['msl'], 'last')
+
+    accuracy_figure(rows['msl'])
+
+    test_size(rows['msl'])
+    others = ['lightly, SimCLR', 'lightly-train, SimCLR']
+    less = {}
+    for layer in ('last', 'stages'):
+        some = rows['msl'][(rows['msl'].layer == layer) & (rows['msl'].labels == 100)]
+        less[layer] = paired_differences(some, 'marsclr, eq. 1').loc[others].round(1)
+        by_seed = some.pivot(index='seed', columns='method', values='accuracy')
+        for other in others: assert not (by_seed[other] >= by_seed['marsclr, eq. 1']).any()
+    pd.concat(less)
 
     shutil.rmtree(tmp)

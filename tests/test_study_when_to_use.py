@@ -8,7 +8,7 @@ from marsclr.study.summaries import for_each_seed, half_width, paired_difference
 
 
 def test_do_i_have_to_train():
-    global all_labels, of_packs, solar
+    global of_packs, solar, some_rows, tables
     blocks = read_cells('../results/laptop-msl/cross_validation.csv')
     of_packs = dict(list(blocks.groupby('pack', sort=False)))
     shown = ['random weights', 'DCL', 'DCL, epochs=32', 'frozen ImageNet']
@@ -17,14 +17,24 @@ def test_do_i_have_to_train():
     on_mars = pd.concat({pack: compared.loc[shown] for pack,compared in less_frozen.items()})
     on_mars[['accuracy', 'accuracy less frozen ImageNet', 'log_loss']]
 
-    solar = pd.read_csv('../results/peers-solar_cells.csv')
-    started = solar.method.str.contains('ImageNet')
-    on_cells = peers_summary(solar[~started | (solar.method == 'frozen ImageNet')])
-    all_labels = solar[(solar.layer == 'stages') & (solar.labels == 100)]
-    accuracy = all_labels.groupby('method').accuracy.mean()
-    from_random = accuracy[[name for name in accuracy.index if 'ImageNet' not in name]]
-    assert accuracy['frozen ImageNet'] > from_random.max()
-    on_cells
+    tables = {name: pd.read_csv(f'../results/peers-{data}.csv')
+              for data,name in dict(solar_cells='solar cells', msl='MSL v2.1').items()}
+
+    def not_started(table):
+        "Without the encoders that were trained on from ImageNet's weights"
+        started = table.method.str.contains('ImageNet')
+        return table[~started | (table.method == 'frozen ImageNet')]
+
+    def some_rows(table, layer, labels=100):
+        return table[(table.layer == layer) & (table.labels == labels)]
+
+    for table in tables.values():
+        accuracy = some_rows(not_started(table), 'stages').groupby('method').accuracy.mean()
+        assert accuracy.idxmax() == 'frozen ImageNet'
+    solar = tables['solar cells']
+    peers_summary(not_started(solar))
+
+    peers_summary(not_started(tables['MSL v2.1']))
 
     layers = 100*solar[solar.labels == 100].groupby(['method', 'layer']).accuracy.mean().unstack()
     assert (layers.stages > layers['last']).all()
@@ -54,13 +64,15 @@ def test_does_it_pay_to_train_on_from_imagenets_weights():
         assert beside.accuracy[pack, 'last layer and all stages']['frozen'] > lasts['both']
     beside
 
-    begun = solar[solar.method.isin(
-        ['frozen ImageNet', 'marsclr, from ImageNet', 'marsclr, cluster-aware from ImageNet'])]
-    means = begun[begun.labels == 100].groupby(['layer', 'method']).accuracy.mean().unstack()
-    gain = means['marsclr, from ImageNet'] - means['frozen ImageNet']
-    assert gain['last'] > 0 > gain['stages']
-    both = pd.concat({layer: peers_summary(begun, layer) for layer in ('last', 'stages')})
-    both.drop(columns=[name for name in both if name.startswith('10 %')])
+    begun = ['frozen ImageNet', 'marsclr, from ImageNet', 'marsclr, cluster-aware from ImageNet']
+    alone = {(name, layer): peers_summary(table[table.method.isin(begun)], layer)
+             for name,table in tables.items() for layer in ('last', 'stages')}
+    for name,table in tables.items():
+        means = {layer: some_rows(table, layer).groupby('method').accuracy.mean()
+                 for layer in ('last', 'stages')}
+        assert means['last'][begun[1]] > means['last'][begun[0]]
+    alone = pd.concat(alone)
+    alone.drop(columns=[name for name in alone if name.startswith('10 %')])
 
 
 def test_what_if_i_cannot_use_imagenets_weights():
@@ -78,8 +90,10 @@ def test_what_if_i_cannot_use_imagenets_weights():
     assert by_length.accuracy.is_monotonic_increasing
     by_length
 
-    less_random = paired_differences(all_labels, 'random weights')
-    short = less_random.loc[[name for name in less_random.index if 'ImageNet' not in name]]
+    less_random = pd.concat({
+        name: paired_differences(some_rows(table, 'stages'), 'random weights')
+        for name,table in tables.items()})
+    short = less_random[~less_random.index.get_level_values(1).str.contains('ImageNet')]
     assert not (short['mean'] - short.half > 0).any()
     short.round(1)
 
@@ -117,14 +131,21 @@ def test_what_if_i_have_few_labels():
 
 
 def test_whose_library():
-    speeds = pd.read_csv('../results/peers-solar_cells-speed.csv').set_index('method').images_per_s
     simclr = ['marsclr, eq. 1', 'lightly, SimCLR', 'lightly-train, SimCLR']
-    assert 1.5 < speeds[simclr[0]]/speeds[simclr[1:]].max() < 3
-    columns = dict(images_per_s=speeds[simclr].round().astype(int))
-    for layer in ('last', 'stages'):
-        some = solar[(solar.layer == layer) & (solar.labels == 100)]
-        columns[f'{layer} less eq. 1'] = paired_differences(some, simclr[0])['mean'].round(1)
-        columns[f'{layer}, half'] = paired_differences(some, simclr[0]).half.round(1)
-    assert columns['stages less eq. 1']['lightly, SimCLR'] > 0
-    assert columns['last less eq. 1']['lightly-train, SimCLR'] < 0
-    pd.DataFrame(columns).loc[simclr].astype(object).fillna('')
+    compared = {}
+    for data,name in dict(solar_cells='solar cells', msl='MSL v2.1').items():
+        speeds = pd.read_csv(f'../results/peers-{data}-speed.csv').set_index('method').images_per_s
+        assert speeds[simclr[0]]/speeds[simclr[1:]].max() > 1.8
+        columns = dict(images_per_s=speeds[simclr].round().astype(int))
+        for layer in ('last', 'stages'):
+            less = paired_differences(some_rows(tables[name], layer), simclr[0])
+            columns[f'{layer} less eq. 1'] = less['mean'].round(1)
+            columns[f'{layer}, half'] = less.half.round(1)
+        compared[name] = pd.DataFrame(columns).loc[simclr]
+    cells,mars = compared.values()
+    assert cells['stages less eq. 1']['lightly, SimCLR'] > 0
+    assert (mars['last less eq. 1'] < 0)[simclr[1:]].all()
+    by_seed = some_rows(tables['MSL v2.1'], 'last').pivot(index='seed', columns='method',
+                                                        values='accuracy')
+    for other in simclr[1:]: assert not (by_seed[other] >= by_seed[simclr[0]]).any()
+    pd.concat(compared).astype(object).fillna('')
