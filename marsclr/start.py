@@ -229,7 +229,7 @@ def start(
         print(say_remedy(to/'run', to/'images.pack', trained), flush=True)
         table = draw_map(pack, features, to, seed)
         draw_neighbours(pack, features, table, plan, to)
-        print(say_made(to, features, side))
+        print(say_made(to, plan, features, side))
 
 # %% ../nbs/start.ipynb #30e58d3f
 @command

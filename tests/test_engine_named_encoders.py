@@ -19,6 +19,13 @@ from marsclr.engine.named_encoders import *
 
 
 def test_one_encoder():
+    test_eq(split_stages('imagenet:stages'), ('imagenet', True))
+    test_eq(split_stages('my-run'), ('my-run', False))
+
+    test_eq(its_backbone('random'), 'resnet18')
+    test_eq(its_backbone('random', 'resnet10t'), 'resnet10t')
+    test_eq(its_backbone('imagenet:stages', 'resnet10t'), 'tf_efficientnet_lite0')
+
     test_eq(named_encoder('random')(torch.zeros(1, 3, 32, 32)).shape, (1, 512))
     test_eq(named_encoder('random', 'resnet10t', stages=True).num_features, 6624)
     vit = named_encoder('random', 'vit_tiny_patch16_224', size=32)
@@ -31,9 +38,6 @@ def test_several_side_by_side():
     test_eq(encoder_names('imagenet, my-run'), ['imagenet', 'my-run'])
     for none in ('', 'random,'):
         with expect_fail(MarsclrError, 'leaves an encoder out'): encoder_names(none)
-    test_eq(split_stages('imagenet:stages'), ('imagenet', True))
-    test_eq(split_stages('my-run'), ('my-run', False))
-    test_eq([its_backbone('random', 'resnet10t'), its_backbone('random')], ['resnet10t', 'resnet18'])
 
     black = torch.zeros(1, 3, 32, 32)
     alone = named_encoders('random', 'resnet10t', seed=1)(black)
@@ -43,20 +47,22 @@ def test_several_side_by_side():
     test_close(scaled.norm(), 2**.5, eps=1e-5)
     test_eq(width(named_encoders('random,random', 'resnet10t', stages=True)), 2*6624)
     test_eq(width(named_encoders('random:stages,random', 'resnet10t')), 6624+512)
-    print(describe_encoders('random:stages,random'))
-    test_eq(describe_encoders('random,random', 'resnet10t'), dict(
-        run='random,random', weights='random weights, random weights',
-        backbone='resnet10t, resnet10t'))
     with expect_fail(MarsclrError, 'nowhere holds no encoder'): named_encoders('random,nowhere')
 
 
 def test_what_is_remembered():
+    print(describe_encoders('random:stages,random'))
+    test_eq(describe_encoders('random,random', 'resnet10t'), dict(
+        run='random,random', weights='random weights, random weights',
+        backbone='resnet10t, resnet10t'))
+
     test_eq(run_places('random,imagenet'), 'random,imagenet')
     test_eq(weights_hash('random,imagenet'), '')
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder)/'encoder.safetensors').write_bytes(b'weights')
         test_eq(run_places(f'random,{folder}'), f'random,{Path(folder).resolve()}')
         test_eq(len(weights_hash(f'random,{folder}')), 12)
+
     test_eq(probe_folder('my-run', '', 'packs/my.pack'), Path('my-run/probe-my.pack'))
     for run in 'random', 'imagenet', 'imagenet,my-run':
         with expect_fail(MarsclrError, f'{run} has no run folder: give --to'):

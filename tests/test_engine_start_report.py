@@ -4,7 +4,7 @@ import textwrap
 from pathlib import Path
 import numpy as np
 from marsclr.engine.files import read_json
-import json, tempfile
+import tempfile
 import pandas as pd
 from fastcore.test import *
 from marsclr.engine.files import write_json
@@ -69,19 +69,28 @@ def test_what_training_should_bring():
 
 
 def test_what_was_made():
+    print(probe_lines(Path('out'), 'imagenet'))
+    frozen,both = probe_lines(Path('out'), 'imagenet').splitlines()
+    assert frozen.endswith('probe-frozen --stages')
+    assert 'imagenet:stages,imagenet,out/run out/images.pack' in both
+    own,install,_ = probe_lines(Path('out'), 'random').splitlines()
+    assert 'marsclr_probe out/run out/images.pack --stages' in own and 'pip install' in install
+
+    told = file_lines(Path('out'), '512 numbers for each image', 64, 'resnet18')
+    print(told)
+    assert "timm.create_model('resnet18'" in told and '(B, 3, 64, 64)' in told
+
     tmp = Path(tempfile.mkdtemp())
     (tmp/'run').mkdir()
     write_json(tmp/'run/config.json', dict(backbone='tf_efficientnet_lite0'))
-    write_json(tmp/'plan.json', dict(recipe=dict(init='imagenet')))
     features = np.zeros((9, 2560), np.float32)
-    both = say_made(tmp, features, 192).replace(str(tmp), 'out')
+    begun = dict(recipe=dict(init='imagenet'))
+    both = say_made(tmp, begun, features, 192).replace(str(tmp), 'out')
     print(both)
-    probed = 'imagenet:stages,imagenet,out/run'
-    assert f'marsclr_probe {probed} out/images.pack --to out/probe-both' in both
     assert '2560 numbers for each image, of the frozen and the trained network' in both
 
-    write_json(tmp/'plan.json', dict(recipe=dict(backbone='resnet18')))
-    alone = say_made(tmp, features[:, :512], 64)
+    alone = say_made(tmp, dict(recipe=dict(backbone='resnet18')), features[:, :512], 64)
     assert '512 numbers for each image,\n' in alone
     assert f'marsclr_probe {tmp}/run {tmp}/images.pack --stages' in alone
-    for line in alone.splitlines() + both.splitlines(): assert len(line.replace(str(tmp), 'out')) <= 98
+    for line in alone.splitlines() + both.splitlines():
+        assert len(line.replace(str(tmp), 'out')) <= 98

@@ -310,7 +310,7 @@ def test_two_pictures():
 
 
 def test_all_steps():
-    told = say_made(tmp/'out', features, side)
+    told = say_made(tmp/'out', plan, features, side)
     call = ' '.join(told[told.index('timm.create_model'):].splitlines()[:2])
     loaded = eval(call).eval()
     kept = load_encoder(tmp/'out'/'run').state_dict()

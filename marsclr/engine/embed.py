@@ -14,7 +14,7 @@ from torch import nn
 from .commands import command
 from .encoders import feature_batches, pick_device
 from .files import MarsclrError, check_new, read_json, write_json
-from .named_encoders import describe_encoders, is_run, named_encoders
+from .named_encoders import describe_encoders, named_encoders
 from .pack_writer import unfinished
 from .packing import Pack, open_packs
 from .sizes import check_size, features_size
@@ -178,7 +178,7 @@ def marsclr_embed(
     if size < 0: raise MarsclrError(f'--size {size}: give a number of pixels, or 0 for the pack\'s')
     check_new(to)
     data = open_packs(pack)
-    if is_run(run) and Path(run).is_dir(): backbone_of(run, backbone)
+    if Path(run).is_dir(): backbone_of(run, backbone) # or refuse another one
     encoder = named_encoders(run, backbone, stages, seed, size)
     asked = describe_encoders(run, backbone) | dict(stages=stages, seed=seed)
     out = embed(encoder, data, to, asked, size, device or None, progress=True)
