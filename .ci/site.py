@@ -5,7 +5,7 @@
 
 The site is built by Quarto where it is installed, else by smalldocs. Building fails on
 - a cell that mixes imports with other code, which nbdev would run alone,
-- a notebook that the sidebar does not name, and a figure that no `#| fig-alt: ...` describes,
+- a notebook that the sidebar does not name, and a figure that no readable `#| fig-alt: ...` describes,
 - a function on a page without a docstring of its own, and a signature that is wide or holds a link,
 - a link that leads nowhere, past the line that it names, or to the site's published copy,
 - Markdown that is not rendered.
@@ -39,8 +39,10 @@ def cell_faults(cell):
     start = repr(cell.source[:60])
     if mixes_imports(cell): yield f'a cell mixes imports with other code: {start}'
     kinds = [kind for output in cell.outputs for kind in output.get('data', {})]
-    if any(kind.startswith('image/') for kind in kinds) and not directives(cell).get('fig-alt'):
+    described = directives(cell).get('fig-alt', '')
+    if any(kind.startswith('image/') for kind in kinds) and not described:
         yield f'a figure has no alternative text: {start}'
+    if ': ' in described: yield f'YAML cannot read a fig-alt with a second colon: {start}'
 
 
 def notebook_faults(root:Path):

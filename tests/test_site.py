@@ -240,6 +240,8 @@ PHOTO = [new_output('execute_result', {'image/jpeg': 'x'})]
     (new_code_cell('x = 1'), 'a.ipynb', []),
     (new_code_cell('#| fig-alt: a line\nplot()', outputs=FIGURE), 'a.ipynb', []),
     (new_code_cell('plot()', outputs=FIGURE), 'a.ipynb', ['a figure has no alternative text']),
+    (new_code_cell('#| fig-alt: Mars: a line\nplot()', outputs=FIGURE), 'a.ipynb',
+     ['YAML cannot read a fig-alt with a second colon']),
     (new_code_cell('photo', outputs=PHOTO), 'a.ipynb', ['a figure has no alternative text']),
     (new_code_cell('import os\nx = 1'), 'a.ipynb', ['a cell mixes imports with other code']),
     (new_code_cell('x = 1'), 'b.ipynb', ['is not in the sidebar of _quarto.yml']),
