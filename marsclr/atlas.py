@@ -25,7 +25,8 @@ from .engine.embed import middle_tiles
 from .engine.encoders import encode, pick_device
 from .engine.files import (MarsclrError, atomic_write, check_new, one_line, read_json,
                                   write_json)
-from .engine.named_encoders import named_encoders, run_places, weights_hash
+from .engine.named_encoders import (check_backbone, named_encoders, run_places,
+                                           weights_hash)
 from .engine.packing import Pack, load_pack, pack_stem
 from .engine.reading import Reading, read_pieces
 from .engine.thumbnails import found_figure, map_figure, save_figure
@@ -180,7 +181,7 @@ def marsclr_atlas(
     to:str='',        # the folder to make; PACK.atlas by default (PACK without `.pack`)
     clusters:int=25,  # how many
     size:int=0,       # side of the images, that of the pack by default
-    backbone:str='resnet18', # for `random`: timm name
+    backbone:str='',  # timm name: resnet18 for `random` by default; a file of weights needs it
     seed:int=42,      # of clusters, map and random weights
     device:str='',    # cpu, cuda, ...; the best there is by default
     by_image:bool=False, # of a pack of tiles: features of an image are the mean over its tiles
@@ -191,9 +192,10 @@ def marsclr_atlas(
     squares = load_pack(pack)
     data = middle_tiles(squares) if by_image else squares
     to = Path(to or f'{pack_stem(pack)}.atlas')
+    check_backbone(run, backbone)
     encoder = named_encoders(run, backbone, seed=seed, unit=True)
-    source = dict(run=run_places(run), weights=weights_hash(run), backbone=backbone, size=size,
-                  by_image=by_image)
+    source = dict(run=run_places(run), weights=weights_hash(run), size=size, by_image=by_image,
+                  backbone=backbone or 'resnet18')
     if serve: check_port(port)
     if serve and to.exists():
         check_same_atlas(to, images=data.fingerprint, clusters=clusters, seed=seed, **source)

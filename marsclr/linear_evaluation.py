@@ -33,8 +33,8 @@ from .engine.embed import by_image as mean_by_image
 from .engine.encoders import ContrastiveModel, Stages, create_encoder, encode
 from .engine.encoders import load_encoder, pick_device, projection_head, width
 from .engine.logistic import choose_penalty
-from .engine.named_encoders import describe_encoders, load_projection, named_encoders
-from .engine.named_encoders import probe_folder
+from .engine.named_encoders import check_backbone, describe_encoders, load_projection
+from .engine.named_encoders import named_encoders, probe_folder
 from .engine.packing import load_pack
 from .engine.predict import keep_classifier, predict_into
 from .engine.processes import process_group, rank
@@ -257,7 +257,7 @@ def marsclr_probe(
     kind:str='logistic',  # logistic, linear (Adam), dense128 (a hidden layer) or projection
     size:int=0,           # side of the images, that of the pack by default
     stages:bool=False,    # probe means, deviations and covariances of all stages
-    backbone:str='resnet18', # for `random`: timm name
+    backbone:str='',      # timm name: resnet18 for `random` by default; a file of weights needs it
     by_image:bool=False,  # of a pack of tiles: features of an image are the mean over its tiles
     predict:str='',       # pack, of labeled images or not, whose classes are to be written to `to`
     seed:int=42,
@@ -267,6 +267,7 @@ def marsclr_probe(
     to = probe_folder(run, to, pack)
     check_probe(data.table, kind)
     check_options(run, to, kind, size, stages, predict)
+    check_backbone(run, backbone)
     others = load_pack(predict) if predict else None
     encoder = probed_encoder(run, kind, backbone, stages, seed)
     size = size or features_size(encoder, data.size)

@@ -25,8 +25,8 @@ from marsclr.engine.embed import by_image as mean_by_image
 from marsclr.engine.encoders import ContrastiveModel, Stages, create_encoder, encode
 from marsclr.engine.encoders import load_encoder, pick_device, projection_head, width
 from marsclr.engine.logistic import choose_penalty
-from marsclr.engine.named_encoders import describe_encoders, load_projection, named_encoders
-from marsclr.engine.named_encoders import probe_folder
+from marsclr.engine.named_encoders import check_backbone, describe_encoders, load_projection
+from marsclr.engine.named_encoders import named_encoders, probe_folder
 from marsclr.engine.packing import load_pack
 from marsclr.engine.predict import keep_classifier, predict_into
 from marsclr.engine.processes import process_group, rank

@@ -6,11 +6,10 @@ from torch import nn
 from marsclr.engine.commands import command
 from marsclr.engine.encoders import feature_batches, pick_device
 from marsclr.engine.files import MarsclrError, check_new, read_json, write_json
-from marsclr.engine.named_encoders import describe_encoders, named_encoders
+from marsclr.engine.named_encoders import check_backbone, describe_encoders, named_encoders
 from marsclr.engine.pack_writer import unfinished
 from marsclr.engine.packing import Pack, open_packs
 from marsclr.engine.sizes import check_size, features_size
-from marsclr.engine.weights import backbone_of
 import io, shutil, tempfile, textwrap
 from contextlib import redirect_stdout
 from unittest.mock import patch as replaced

@@ -49,6 +49,10 @@ def test_several_side_by_side():
     test_eq(width(named_encoders('random:stages,random', 'resnet10t')), 6624+512)
     with expect_fail(MarsclrError, 'nowhere holds no encoder'): named_encoders('random,nowhere')
 
+    check_backbone('imagenet,random', 'resnet10t') # for the random one
+    check_backbone('imagenet', 'tf_efficientnet_lite0') # its own
+    with expect_fail(MarsclrError, 'not of resnet10t'): check_backbone('imagenet', 'resnet10t')
+
 
 def test_what_is_remembered():
     print(describe_encoders('random:stages,random'))

@@ -35,9 +35,10 @@ from marsclr.engine.health import HealthLimits, advice, describe_health
 from marsclr.engine.weights import describe_init
 from marsclr.engine.start_report import fold
 from marsclr.start import from_imagenet, from_random, marsclr_start, start
-from marsclr.study.cross_validation import paired_gain, plus_minus
+from marsclr.study.cross_validation import plus_minus
 from marsclr.study.grid import read_cells
-from marsclr.study.summaries import for_each_seed
+from marsclr.study.imagenet import all_stages, compared_in, gains_over_frozen, last_layers
+from marsclr.study.imagenet import lasts_less_stages
 from marsclr.start import *
 
 
@@ -114,35 +115,29 @@ def test_what_the_report_says_of_training():
 def test_is_training_worth_it():
     global means, rows
     rows = read_cells('results/imagenet-msl/recommended.csv')
-    rows = rows[(rows['pack'] == 'MSL v2.1') & (rows.labels == 100)]
-    names = {'frozen ImageNet, layer=mirrored': 'the frozen network, last layer',
-             'DCL, layer=mirrored': 'the trained encoder, last layer',
-             'DCL, layer=beside frozen last': 'both side by side',
-             'frozen ImageNet, layer=stages and last': 'the frozen network, last layer and all stages',
-             'DCL, layer=beside frozen': 'the same beside the trained encoder'}
-    means = rows.groupby('method')[['accuracy', 'val_loss']].mean().loc[list(names)]
-    lines = [f'| {names[method]} | {row.accuracy:.1%} | {row.val_loss:.3f} |'
-             for method,row in means.iterrows()]
+    rows = rows[rows.labels == 100]
+    means = {which: compared_in(rows, 'MSL v2.1', names).groupby('method')
+             [['accuracy', 'val_loss']].mean()
+             for which,names in (('last', last_layers), ('stages', all_stages))}
+    shown = [('the frozen network, last layer', 'last', 'frozen'),
+             ('the trained encoder, last layer', 'last', 'trained'),
+             ('both side by side', 'last', 'both'),
+             ('the frozen network, last layer and all stages', 'stages', 'frozen'),
+             ('the same beside the trained encoder', 'stages', 'both')]
+    lines = [f'| {name} | {row.accuracy:.1%} | {row.val_loss:.3f} |'
+             for name,row in ((name, means[which].loc[method]) for name,which,method in shown)]
     head = ['| probed | accuracy on test | log-loss on val |', '| --- | --- | --- |']
     Markdown('\n'.join([*head, *lines]))
 
     blocks = read_cells('results/imagenet-msl/cross_validation.csv')
-    blocks = for_each_seed(blocks[blocks['pack'] == 'MSL v2.1'])
-
-    def added(method, to):
-        "What a method gains over all labeled originals: points, and nats of log-loss"
-        of,over = (blocks[blocks.method == name] for name in (method, to))
-        return [paired_gain(of, over, column) for column in ('right', 'log_loss')]
+    to_last,to_all,across = (gains_over_frozen(blocks, 'MSL v2.1', names)
+                             for names in (last_layers, all_stages, lasts_less_stages))
+    less = across[0] # accuracy
 
     def told(right, loss):
         return (f"gains {plus_minus(right['gain'], right['half'])} points of accuracy, and lowers the "
                 f"log-loss by {-loss['gain']/100:.3f} ± {loss['half']/100:.3f} nats")
 
-    frozen_last,frozen_all = (f'frozen ImageNet, layer={part}'
-                              for part in ('mirrored', 'stages and last'))
-    to_last = added('DCL, layer=beside frozen last', frozen_last)
-    to_all = added('DCL, layer=beside frozen', frozen_all)
-    less,_ = added('DCL, layer=beside frozen last', frozen_all)
     assert to_last[0]['gain'] > to_last[0]['half'] and to_last[1]['gain'] < -to_last[1]['half']
     assert to_all[1]['gain'] < -to_all[1]['half'] and less['gain'] < -less['half']
     Markdown(f'''*Means over three seeds, and over an image and its mirror image; images of 224 px.* 600
@@ -170,7 +165,8 @@ def test_stopped_and_taken_up():
     Markdown(f'```bash\n{line}\n{embed}\n```')
 
     pace = 20 # images a second, for example
-    epochs = rows[rows.method.isin(['DCL, layer=mirrored'])].epochs.unique().item()
+    trained = compared_in(rows, 'MSL v2.1', last_layers).query('method == "trained"')
+    epochs = trained.epochs.unique().item()
     Markdown(f'''How long? The report names the images a second that your machine trains on. At {pace}
 of them, 5000 images are {5000/pace/60:.1f} minutes an epoch, and `--minutes 30` are
 {30*60*pace//5000} epochs. The three encoders [above](#is-training-worth-it) had {epochs}. How many
@@ -259,9 +255,9 @@ def test_the_recipe_and_what_it_brings():
         (frozen, 'its last layer; $C$ chosen on val. So in most figures'),
         (of_frozen.test_right.sum()/of_frozen.test_images.sum(),
          'its last layer; $C$ by [cross-validation](study/cross_validation.ipynb)'),
-        (means.accuracy['frozen ImageNet, layer=mirrored'],
+        (means['last'].accuracy['frozen'],
          'its last layer, means over an image and its mirror image; images of 224 px'),
-        (means.accuracy['frozen ImageNet, layer=stages and last'],
+        (means['stages'].accuracy['frozen'],
          "the same with all its stages ([from ImageNet's weights](study/imagenet.ipynb))")]
     lines = [f'| {accuracy:.1%} | {what} |' for accuracy,what in values]
     Markdown('\n'.join(['| accuracy | what is probed |', '| --- | --- |', *lines]))

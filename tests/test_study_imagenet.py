@@ -2,24 +2,26 @@
 # A function is a section of the notebook. They run in order: a name that another section uses too is global.
 import json
 import numpy as np
+import pandas as pd
 import torch
 from marsclr.engine.encoders import encode
 from marsclr.engine.packing import Pack
 from marsclr.linear_evaluation import probe
+from marsclr.study.cross_validation import paired_gain
 from marsclr.study.layers import stages_and_last
+from marsclr.study.summaries import for_each_seed
 import tempfile
 from pathlib import Path
-import pandas as pd
 from fastcore.test import test_eq
 from matplotlib import pyplot as plt
 from marsclr.archives.marsyard import write_marsyard
 from marsclr.datasets import msl
 from marsclr.engine.encoders import create_encoder
 from marsclr.engine.packing import pack_archive
-from marsclr.study.cross_validation import compare_methods, paired_gain, plus_minus
+from marsclr.study.cross_validation import compare_methods, plus_minus
 from marsclr.study.figures import colour_of
 from marsclr.study.grid import read_cells
-from marsclr.study.summaries import for_each_seed, paired_differences
+from marsclr.study.summaries import paired_differences
 from marsclr.study.imagenet import *
 
 
@@ -44,6 +46,7 @@ def test_opening():
 
 
 def test_on_msl_v2_1():
+    global told
     names = dict(
         L1='small crops', L2='lower rate', L3='all layers alike', L4='higher rate', L5='large crops',
         R1='from random weights')
@@ -93,7 +96,7 @@ def test_on_msl_v2_1():
 
 
 def test_three_seeds_of_one_recipe():
-    global added, all_stages, both_on_test, crossed, last_layers, table_of
+    global blocks, both_on_test, crossed, table_of, told
     cells = read_cells('../results/imagenet-msl/recommended.csv')
     blocks = read_cells('../results/imagenet-msl/cross_validation.csv')
     of_dcl = cells[cells.method.str.startswith('DCL')]
@@ -101,20 +104,13 @@ def test_three_seeds_of_one_recipe():
     print(f'{of_dcl.epochs.iloc[0]} epochs of {of_dcl.pool.iloc[0]} images, {minutes:.0f} minutes '
           f'of one core; {of_dcl.seed.nunique()} seeds')
 
-    last_layers = {'frozen ImageNet, layer=mirrored': 'frozen', 'DCL, layer=mirrored': 'DCL',
-                   'DCL, layer=beside frozen last': 'DCL beside frozen'}
-    all_stages = {'frozen ImageNet, layer=stages and last': 'frozen',
-                  'DCL, layer=beside frozen': 'DCL beside frozen'}
-    probed = {'last layers': last_layers, 'all stages': all_stages}
-
-    def of_pack(table, pack, names):
-        "The rows of some methods of one pack, the frozen network's once for each seed"
-        here = table[(table['pack'] == pack) & table.method.isin(names)]
-        return for_each_seed(here.replace(dict(method=names)))
+    cells_left = {name: len(compared_in(cells, 'MSL v2.1', names)) for name,names in probed.items()}
+    assert cells_left['last layers'] == 3*cells_left['last layer and all stages']/2
+    cells_left
 
     def seeds_on_test(pack, names, labels):
         "Accuracy on test by method and seed, means over draws"
-        here = of_pack(cells[cells.labels == labels], pack, names)
+        here = compared_in(cells[cells.labels == labels], pack, names)
         return here.groupby(['method', 'seed'], sort=False, as_index=False).accuracy.mean()
 
     def on_test(pack, names, labels):
@@ -128,7 +124,7 @@ def test_three_seeds_of_one_recipe():
 
     def both_on_test(pack, names):
         "With all labels and with a tenth; balanced accuracy, macro F1 and log-loss on val"
-        of_all = of_pack(cells[cells.labels == 100], pack, names).groupby('method')
+        of_all = compared_in(cells[cells.labels == 100], pack, names).groupby('method')
         joined = on_test(pack, names, 100).join(on_test(pack, names, 10))
         balanced,f1 = ((100*of_all[column].mean()).round(1)
                        for column in ('balanced_accuracy', 'macro_f1'))
@@ -144,37 +140,32 @@ def test_three_seeds_of_one_recipe():
 
     def crossed(pack, names):
         "All originals: accuracy in %, log-loss in nats, gains over the frozen network"
-        compared = compare_methods(of_pack(blocks, pack, names), 'frozen')
+        compared = compare_methods(compared_in(blocks, pack, names), 'frozen')
         compared = compared.rename(columns=lambda name: name.replace('less frozen', 'gain'))
         return compared[['accuracy', 'accuracy gain', 'log_loss', 'log_loss gain', 'test gain']]
 
     on_all = table_of('MSL v2.1', crossed)
     on_all
 
-    def added(pack, names, method):
-        "What a method gains over the frozen network in points, and loses of log-loss in nats"
-        here = of_pack(blocks, pack, names)
-        of,over = (here[here.method == name] for name in (method, 'frozen'))
-        right,loss = (paired_gain(of, over, column) for column in ('right', 'log_loss'))
-        print(f"{plus_minus(right['gain'], right['half'], '+')} points, "
-              f"{loss['gain']/100:+.3f} ± {loss['half']/100:.3f} nats")
-        return right, loss
+    def told(right, loss):
+        return (f"{plus_minus(right['gain'], right['half'], '+')} points, "
+                f"{loss['gain']/100:+.3f} ± {loss['half']/100:.3f} nats")
 
-    gained,changed = added('MSL v2.1', last_layers, 'DCL beside frozen')
-    of_all,loss_of_all = added('MSL v2.1', all_stages, 'DCL beside frozen')
-    alone,_ = added('MSL v2.1', last_layers, 'DCL')
+    gained,changed = gains_over_frozen(blocks, 'MSL v2.1', last_layers)
+    of_all,loss_of_all = gains_over_frozen(blocks, 'MSL v2.1', all_stages)
+    alone,loss_alone = gains_over_frozen(blocks, 'MSL v2.1', last_layers, 'trained')
+    print('both last layers:', told(gained, changed))
+    print('last layer and all stages:', told(of_all, loss_of_all))
+    print('the trained encoder alone:', told(alone, loss_alone))
     assert gained['gain'] > gained['half'] and changed['gain'] < -changed['half']
     assert of_all['gain'] > 0 and loss_of_all['gain'] < -loss_of_all['half']
     assert abs(alone['gain']) < alone['half']
-    print('both last layers less all stages of the frozen network:')
-    here = blocks[blocks['pack'] == 'MSL v2.1'].replace(dict(method={
-        'DCL, layer=beside frozen last': 'both', 'frozen ImageNet, layer=stages and last': 'frozen'}))
-    here = for_each_seed(here[here.method.isin(['both', 'frozen'])])
-    less = paired_gain(*(here[here.method == name] for name in ('both', 'frozen')))
-    print(plus_minus(less['gain'], less['half'], '+'), 'points')
+
+    less,loss_of_less = gains_over_frozen(blocks, 'MSL v2.1', lasts_less_stages)
+    print('both last layers, less all stages of the frozen network:', told(less, loss_of_less))
     assert less['gain'] < -less['half']
 
-    best = on_msl.loc['all stages', 'DCL beside frozen']
+    best = on_msl.loc['last layer and all stages', 'both']
     print(f"{best['all labels']} % with all labels, {best['a tenth']} % with a tenth, log-loss on val "
           f"{best.val:.3f}")
     assert best['all labels'] < 82 and best['a tenth'] < 79 and best.val > .55
@@ -187,7 +178,9 @@ def test_the_same_from_orbit():
     all_of_hirise = table_of('HiRISE v3.2 subset', crossed)
     all_of_hirise
 
-    gained,changed = added('HiRISE v3.2 subset', last_layers, 'DCL beside frozen')
-    of_all,_ = added('HiRISE v3.2 subset', all_stages, 'DCL beside frozen')
+    gained,changed = gains_over_frozen(blocks, 'HiRISE v3.2 subset', last_layers)
+    of_all,loss_of_all = gains_over_frozen(blocks, 'HiRISE v3.2 subset', all_stages)
+    print('both last layers:', told(gained, changed))
+    print('last layer and all stages:', told(of_all, loss_of_all))
     assert gained['gain'] > gained['half'] and abs(changed['gain']) < changed['half']
     assert abs(of_all['gain']) < of_all['half']

@@ -3,8 +3,9 @@
 import pandas as pd
 from marsclr.study.cross_validation import compare_methods
 from marsclr.study.grid import read_cells
+from marsclr.study.imagenet import compared_in, probed
 from marsclr.study.peers import peers_summary
-from marsclr.study.summaries import for_each_seed, half_width, paired_differences
+from marsclr.study.summaries import half_width, paired_differences
 
 
 def test_do_i_have_to_train():
@@ -44,25 +45,20 @@ def test_do_i_have_to_train():
 
 def test_does_it_pay_to_train_on_from_imagenets_weights():
     crossed = read_cells('../results/imagenet-msl/cross_validation.csv')
-    last_layers = {'frozen ImageNet, layer=mirrored': 'frozen', 'DCL, layer=mirrored': 'trained',
-                   'DCL, layer=beside frozen last': 'both'}
-    all_stages = {'frozen ImageNet, layer=stages and last': 'frozen',
-                  'DCL, layer=beside frozen': 'both'}
+    packs = crossed['pack'].unique()
 
     def less_frozen_in(pack, names):
         "What is gained over the frozen network, by cross-validation"
-        here = crossed[(crossed['pack'] == pack) & crossed.method.isin(names)]
-        compared = compare_methods(for_each_seed(here.replace(dict(method=names))), 'frozen')
+        compared = compare_methods(compared_in(crossed, pack, names), 'frozen')
         return compared[['accuracy', 'accuracy less frozen', 'log_loss', 'log_loss less frozen']]
 
-    probed = {'last layers': last_layers, 'last layer and all stages': all_stages}
-    beside = pd.concat({(pack, which): less_frozen_in(pack, names) for pack in crossed['pack'].unique()
-                        for which,names in probed.items()})
-    for pack in crossed['pack'].unique():
-        lasts = beside.accuracy[pack, 'last layers']
+    beside = {(pack, which): less_frozen_in(pack, names)
+              for pack in packs for which,names in probed.items()}
+    for pack in packs:
+        lasts,all_of = (beside[pack, which].accuracy for which in probed)
         assert lasts['both'] > lasts['frozen'] + 1
-        assert beside.accuracy[pack, 'last layer and all stages']['frozen'] > lasts['both']
-    beside
+        assert all_of['frozen'] > lasts['both']
+    pd.concat(beside)
 
     begun = ['frozen ImageNet', 'marsclr, from ImageNet', 'marsclr, cluster-aware from ImageNet']
     alone = {(name, layer): peers_summary(table[table.method.isin(begun)], layer)

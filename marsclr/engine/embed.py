@@ -14,11 +14,10 @@ from torch import nn
 from .commands import command
 from .encoders import feature_batches, pick_device
 from .files import MarsclrError, check_new, read_json, write_json
-from .named_encoders import describe_encoders, named_encoders
+from .named_encoders import check_backbone, describe_encoders, named_encoders
 from .pack_writer import unfinished
 from .packing import Pack, open_packs
 from .sizes import check_size, features_size
-from .weights import backbone_of
 
 # %% ../../nbs/engine/embed.ipynb #em000012
 def image_numbers(
@@ -178,7 +177,7 @@ def marsclr_embed(
     if size < 0: raise MarsclrError(f'--size {size}: give a number of pixels, or 0 for the pack\'s')
     check_new(to)
     data = open_packs(pack)
-    if Path(run).is_dir(): backbone_of(run, backbone) # or refuse another one
+    check_backbone(run, backbone)
     encoder = named_encoders(run, backbone, stages, seed, size)
     asked = describe_encoders(run, backbone) | dict(stages=stages, seed=seed)
     out = embed(encoder, data, to, asked, size, device or None, progress=True)
