@@ -12,7 +12,8 @@ from marsclr.engine.packing import Pack
 from marsclr.engine.weights import save_encoder
 from marsclr.linear_evaluation import probe
 from marsclr.study.cross_validation import plus_minus
-from marsclr.study.data_sets import cells, draw_yards, msl_v2, open_pack, pool
+from marsclr.study.data_sets import cells, draw_yards, hirise_subset, msl_v2
+from marsclr.study.data_sets import open_pack, pool
 from marsclr.study.few_labels import draw_labels
 from marsclr.study.measuring import processor
 from marsclr.study.peer_methods import Job, check_peers, peers, write_images

@@ -58,7 +58,7 @@ def test_grids_of_cells():
 
 
 def test_the_table():
-    for by_data in presets.values(): assert set(by_data) <= {*families, 'solar_cells'}
+    for by_data in presets.values(): assert set(by_data) <= {*families, 'hirise', 'solar_cells'}
     test_eq([data for by_data in presets.values() for data in by_data].count('msl'), 8)
     pd.DataFrame({preset: {data: type(settings).__name__ for data,settings in by_data.items()}
                   for preset,by_data in presets.items()}).fillna('').T

@@ -97,8 +97,8 @@ def make_packs(
 
 # %% ../../nbs/study/data_sets.ipynb #77e345a6
 def check_archives(
-    data:str, # marsyard, msl or solar_cells
+    data:str, # marsyard, msl, hirise or solar_cells
 ):
     "Fail now where an archive is missing, and not after an hour"
-    needed = dict(msl=(rovers, msl, hirise), solar_cells=(solar_cells,))
+    needed = dict(msl=(rovers, msl, hirise), hirise=(hirise,), solar_cells=(solar_cells,))
     for reader in needed.get(data, ()): reader()

@@ -20,7 +20,8 @@ from ..engine.packing import Pack
 from ..engine.weights import save_encoder
 from ..linear_evaluation import probe
 from .cross_validation import plus_minus
-from .data_sets import cells, draw_yards, msl_v2, open_pack, pool
+from .data_sets import cells, draw_yards, hirise_subset, msl_v2
+from .data_sets import open_pack, pool
 from .few_labels import draw_labels
 from .measuring import processor
 from .peer_methods import Job, check_peers, peers, write_images
@@ -122,12 +123,13 @@ class PeersSettings:
     names:tuple = asked(tuple(peers))
 
 def peers_packs(
-    data:str, # marsyard, msl or solar_cells
+    data:str, # marsyard, msl, hirise or solar_cells
     to:Path,
     settings:PeersSettings,
 ) -> tuple: # the pack to learn from, the labeled one, and the data set of the latter
     "The images of a data set"
-    if data == 'solar_cells': sets = cells, cells
+    of_both = dict(hirise=hirise_subset, solar_cells=cells)
+    if data in of_both: sets = of_both[data], of_both[data]
     elif data == 'msl': sets = pool, msl_v2
     else: sets = draw_yards(to, settings.size, settings.images)
     learn,labeled = (open_pack(each, to, settings.size) for each in sets)
@@ -146,7 +148,7 @@ def cells_left(
 
 # %% ../../nbs/study/peers.ipynb #8c163b50
 def run_peers(
-    data:str, # marsyard, msl or solar_cells
+    data:str, # marsyard, msl, hirise or solar_cells
     to:Path,  # folder for everything that is made
     settings:PeersSettings,
 ) -> pd.DataFrame: # a row a peer, seed, layer and draw of labels

@@ -117,7 +117,7 @@ presets = dict(
     clusters=clusters,
     homogeneity=homogeneity,
     references=dict(msl=ReferenceSettings(128)),
-    peers=dict.fromkeys(['marsyard', 'msl', 'solar_cells'], peers),
+    peers=dict.fromkeys(['marsyard', 'msl', 'hirise', 'solar_cells'], peers),
     purity=purity,
     laptop=dict(marsyard=laptop_yard, msl=laptop_msl),
     imagenet=dict(marsyard=imagenet_yard, msl=imagenet_msl),

@@ -274,7 +274,8 @@ def marsclr_reproduce(
     # laptop, gpu, paper: the paper's figures and tables, cell by cell;
     # imagenet: what training adds to a frozen ImageNet network, cell by cell (hours)
     preset:str='first',
-    # marsyard: no data needed; msl: the archives under $MARSCLR_DATA; for peers also solar_cells
+    # marsyard: no data needed; msl: the archives under $MARSCLR_DATA; for peers also hirise and
+    # solar_cells
     data:str='marsyard',
     to:str='',           # folder for everything that is made; runs/PRESET-DATA by default
     seed:int=42,         # for first and smoke; the other presets have their own
