@@ -84,6 +84,8 @@ def test_in_a_table():
     test_eq(found.loc['ours', 'less frozen, 100 %'], '+0.7 ± 2.9')
     test_eq(found.loc['frozen ImageNet', 'less frozen, 100 %'], '')
     test_eq(found.loc['frozen ImageNet', '100 % of the labels'], '50.0')
+    same = peers_summary(made.rename(columns=dict(accuracy='macro_f1')), column='macro_f1')
+    test_eq(same, found)
     found.T
 
 

@@ -174,15 +174,16 @@ def run_peers(
 def peers_summary(
     table:pd.DataFrame, # what `run_peers` gave, of one pack
     layer='stages',     # or last
+    column='accuracy',  # or balanced_accuracy, macro_f1
 ) -> pd.DataFrame: # text, in %
-    "Accuracy with all labels and with a tenth, and gains over the frozen ImageNet network"
+    "A share with all labels and with a tenth of them, and gains over the frozen ImageNet network"
     table = table[table.layer == layer]
     rows = {}
     for labels in (100, 10):
         some = table[table.labels == labels]
-        by_seed = some.groupby(['method', 'seed'], sort=False, as_index=False).accuracy.mean()
-        gains = paired_differences(by_seed, 'frozen ImageNet')
-        for method,seeds in by_seed.groupby('method', sort=False).accuracy:
+        by_seed = some.groupby(['method', 'seed'], sort=False, as_index=False)[column].mean()
+        gains = paired_differences(by_seed, 'frozen ImageNet', column)
+        for method,seeds in by_seed.groupby('method', sort=False)[column]:
             half = half_width(100*seeds) if seeds.nunique() > 1 else np.nan # all alike
             told = plus_minus(100*seeds.mean(), half)
             row = rows.setdefault(method, dict(seeds=len(seeds)))
