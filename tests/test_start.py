@@ -60,7 +60,8 @@ def test_what_you_get():
     fig3 = pd.read_csv('results/laptop-msl/fig3.csv')
     run = fig3[(fig3.method == fig8.method[0]) & (fig3.config == fig8.config[0])].iloc[0]
     shown = fig8[fig8.domain == 'curiosity']
-    Markdown(f'''*`map.jpg`, of {len(shown):,} images of the Curiosity rover. The encoder is a ResNet-18
+    Markdown(f'''*A map as in `map.jpg`, here of {len(shown):,} images of the Curiosity rover;
+`map.jpg` has at most 5000 images, drawn at random. The encoder is a ResNet-18
 from random weights, trained without labels for {run.epochs} epochs on {run['pool']:,} images, some
 minutes on two CPU cores ([how it was made](study/figure8.ipynb)).* Each image lies where its
 features put it, in a frame of the colour of its [cluster](06_clustering.ipynb). Below are the most
@@ -252,9 +253,10 @@ def test_the_recipe_and_what_it_brings():
     by_blocks = read_cells('results/laptop-msl/cross_validation.csv')
     of_frozen = by_blocks[(by_blocks['pack'] == 'MSL v2.1') & (by_blocks.method == 'frozen ImageNet')]
     values = [
-        (frozen, 'its last layer; $C$ chosen on val. So in most figures'),
+        (frozen, 'its last layer, by an older solver of the probe. So in most figures'),
         (of_frozen.test_right.sum()/of_frozen.test_images.sum(),
-         'its last layer; $C$ by [cross-validation](study/cross_validation.ipynb)'),
+         'the same by the probe as it is now '
+         '([Figure 3](study/figure3.ipynb#frozen-imagenet-three-numbers))'),
         (means['last'].accuracy['frozen'],
          'its last layer, means over an image and its mirror image; images of 224 px'),
         (means['stages'].accuracy['frozen'],
