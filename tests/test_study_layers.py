@@ -28,7 +28,11 @@ def test_opening():
     every = layer_features(encoder, 'stages and last', yard)
     test_eq(every[:, -512:], mirrored)
     test_eq(every.shape[1] - 512, Stages(encoder).num_features)
-    {name: x.shape for name,x in dict(plain=plain, mirrored=mirrored, every=every).items()}
+    enlarged = layer_features(encoder, 'enlarged', yard)
+    test_eq(enlarged, stages_and_last(encoder, yard, 82))
+    test_ne(enlarged, every)
+    shown = dict(plain=plain, mirrored=mirrored, every=every, enlarged=enlarged)
+    {name: x.shape for name,x in shown.items()}
 
     change = abs(mirrored - plain).mean()/abs(plain).mean()
     assert 0 < change < 1

@@ -17,7 +17,7 @@ from marsclr.study.cluster_study import needs_eq1, needs_texture, source_feature
 from marsclr.study.data_sets import data_sets
 from marsclr.study.layers import layer_features
 from marsclr.study.recipes import Recipe, but, encoder_of, eq1, pretrain_settings, recipe_of
-from marsclr.study.recipes import set_beside, settings_of
+from marsclr.study.recipes import parts_of, settings_of
 from marsclr.study.settings import GridSettings
 from marsclr.study.supervised import supervised
 from marsclr.texture import texture_clusters
@@ -28,7 +28,7 @@ from IPython.utils.capture import capture_output
 from marsclr.clustering import pair_quality
 from marsclr.study.homogeneity import leaves_pack, yard_pack
 from marsclr.study.recipes import attraction, aware, but, dcl, domains, from_labels
-from marsclr.study.recipes import random_weights, recommended
+from marsclr.study.recipes import random_weights, recommended, set_beside
 from marsclr.study.methods import *
 from marsclr.study.methods import clusters, pool
 
@@ -151,7 +151,8 @@ def test_features():
 
     with capture_output():
         both = {layer: lab.features(but(dcl, layer=layer), 42, yard) for layer in set_beside}
-        alone = {layer: lab.features(frozen, 42, yard)[0] for layer,frozen in set_beside.items()}
+        alone = {layer: lab.joined_features(parts, 42, yard)[0]
+                 for layer,parts in set_beside.items()}
     for layer,(joined,run) in both.items():
         known = alone[layer]
         test_eq(run, made[dcl])

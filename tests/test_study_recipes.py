@@ -53,6 +53,12 @@ def test_changes():
 
 
 def test_the_methods():
+    both = but(dcl, layer='beside frozen')
+    test_eq(parts_of(both), [frozen_in_full, but(dcl, layer='mirrored')])
+    test_eq(parts_of(frozen_scales), scales)
+    test_eq(parts_of(dcl), [])
+    [part.name for part in parts_of(but(dcl, layer='beside two scales'))]
+
     test_eq(list(with_each('attraction')), list(cluster_sources))
     test_eq([recipe.name for recipe in domains], ['Curiosity only', 'natural only', 'half and half'])
     test_eq(recommended.name, 'recommended')

@@ -26,17 +26,19 @@ def probed_part(
 def stages_and_last(
     encoder:torch.nn.Module,
     pack:Pack, # N images
+    size=None, # side of the images; by default the pack's
 ) -> np.ndarray: # (N, D) float32
     "Stages with covariances, then the last layer: means over an image and its mirror image"
-    stages = encode(Stages(encoder), pack, mirrored=True).numpy()
-    return np.hstack([stages, encode(encoder, pack, mirrored=True).numpy()])
+    stages = encode(Stages(encoder), pack, size, mirrored=True).numpy()
+    return np.hstack([stages, encode(encoder, pack, size, mirrored=True).numpy()])
 
 # %% ../../nbs/study/layers.ipynb #f4c6e848
 def layer_features(
     encoder:torch.nn.Module,
-    layer,     # as for `probed_part`, or 'stages and last'
+    layer,     # as for `probed_part`, 'stages and last', or 'enlarged'
     pack:Pack, # N images
 ) -> np.ndarray: # (N, D) float32
     "What a layer gives for all images"
     if layer == 'stages and last': return stages_and_last(encoder, pack)
+    if layer == 'enlarged': return stages_and_last(encoder, pack, pack.size*9//7)
     return encode(probed_part(encoder, layer), pack, mirrored=layer == 'mirrored').numpy()

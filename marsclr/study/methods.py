@@ -25,7 +25,7 @@ from .cluster_study import needs_eq1, needs_texture, source_features
 from .data_sets import data_sets
 from .layers import layer_features
 from .recipes import Recipe, but, encoder_of, eq1, pretrain_settings, recipe_of
-from .recipes import set_beside, settings_of
+from .recipes import parts_of, settings_of
 from .settings import GridSettings
 from .supervised import supervised
 from ..texture import texture_clusters
@@ -262,12 +262,10 @@ def features_path(self:Lab, recipe:Recipe, seed:int, pack:Pack, run) -> Path:
 
 # %% ../../nbs/study/methods.ipynb #5ceea882
 @patch
-def beside_frozen(self:Lab, recipe:Recipe, seed:int, pack:Pack, frozen:Recipe) -> tuple:
-    "The frozen ImageNet network's features, and beside them a trained encoder's; its run folder"
-    trained = but(encoder_of(recipe), layer='mirrored')
-    own,run = self.features(trained, seed, pack)
-    known,_ = self.features(frozen, seed, pack)
-    return np.hstack([known, own]), run
+def joined_features(self:Lab, parts, seed:int, pack:Pack) -> tuple:
+    "The features of several recipes side by side; the run folder of the last"
+    made = [self.features(part, seed, pack) for part in parts]
+    return np.hstack([x for x,_ in made]), made[-1][1]
 
 # %% ../../nbs/study/methods.ipynb #7a2aecef
 @patch
@@ -278,11 +276,12 @@ def features(self:Lab,
 ) -> tuple: # (N, D) features; the run folder, none for random weights
     "Features of a labeled pack, from the encoder of a method; made if they are not there"
     recipe = recipe_of(method)
-    layer = settings_of(recipe).get('layer')
-    if layer in set_beside: return self.beside_frozen(recipe, seed, pack, set_beside[layer])
+    parts = parts_of(recipe)
+    if parts: return self.joined_features(parts, seed, pack)
     run = self.train(recipe, seed, pack)
     path = self.features_path(recipe, seed, pack, run)
     if not path.exists():
+        layer = settings_of(recipe).get('layer')
         x = layer_features(self.network(recipe, seed, run), layer, pack)
         with atomic_write(path) as p: np.save(p, x)
     return np.load(path), run

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['names_of_weights', 'names_of_losses', 'names_of_pools', 'names_of_additions', 'changeable', 'cluster_sources',
            'usual_k', 'random_weights', 'frozen', 'from_labels', 'eq1', 'dcl', 'aware', 'view_positives', 'elimination',
-           'attraction', 'central', 'frozen_in_full', 'frozen_last', 'set_beside', 'mixed', 'domains', 'with_natural',
-           'with_train', 'recommended', 'plain', 'groups', 'groups_from_imagenet', 'known', 'Recipe', 'typed',
-           'check_changes', 'but', 'settings_of', 'pretrain_settings', 'base_of', 'encoder_of', 'with_each', 'remember',
-           'recipe_of']
+           'attraction', 'central', 'frozen_in_full', 'frozen_last', 'frozen_scales', 'scales', 'set_beside', 'mixed',
+           'domains', 'with_natural', 'with_train', 'recommended', 'plain', 'groups', 'groups_from_imagenet', 'known',
+           'Recipe', 'typed', 'check_changes', 'but', 'settings_of', 'pretrain_settings', 'base_of', 'encoder_of',
+           'with_each', 'parts_of', 'remember', 'recipe_of']
 
 # %% ../../nbs/study/recipes.ipynb #c7e5fb3b
 from dataclasses import dataclass, replace
@@ -151,7 +151,20 @@ attraction = Recipe(loss='attraction', clusters='pixels + capture')
 central = Recipe(loss='cluster_aware', clusters='central pixels + capture')
 frozen_in_full = but(frozen, layer='stages and last')
 frozen_last = but(frozen, layer='mirrored')
-set_beside = {'beside frozen': frozen_in_full, 'beside frozen last': frozen_last}
+frozen_scales = but(frozen, layer='two scales')
+
+# %% ../../nbs/study/recipes.ipynb #recpart1
+scales = frozen_in_full, but(frozen, layer='enlarged')
+set_beside = {
+    'beside frozen': [frozen_in_full], 'beside frozen last': [frozen_last],
+    'beside two scales': scales}
+
+def parts_of(recipe:Recipe):
+    "The recipes whose features this one has side by side; none if it has features of its own"
+    layer = settings_of(recipe).get('layer')
+    if layer == 'two scales': return scales
+    if layer not in set_beside: return []
+    return [*set_beside[layer], but(encoder_of(recipe), layer='mirrored')]
 
 # %% ../../nbs/study/recipes.ipynb #9691c46f
 mixed = Recipe(pool='mixed')
@@ -228,7 +241,7 @@ groups = dict(
 # %% ../../nbs/study/recipes.ipynb #0c501144
 _trained = dcl, aware['pixels + capture']
 _beside = [but(recipe, layer=layer) for recipe in _trained for layer in set_beside]
-_from_imagenet = (_each(_one, frozen_in_full, frozen_last, frozen)
+_from_imagenet = (_each(_one, frozen_in_full, frozen_last, frozen, frozen_scales)
                   | _each(_three, but(dcl, layer='mirrored'), *_beside))
 
 groups_from_imagenet = dict(recommended=_from_imagenet, cross_validation=_from_imagenet)
