@@ -23,8 +23,8 @@ from .engine.commands import command
 from .engine.embed import by_image as mean_by_image
 from .engine.embed import middle_tiles
 from .engine.encoders import encode, pick_device
-from .engine.files import (MarsclrError, atomic_write, check_new, one_line, read_json,
-                                  write_json)
+from .engine.files import (MarsclrError, atomic_write, check_new, explain_interruption,
+                                  one_line, read_json, write_json)
 from .engine.named_encoders import (check_backbone, named_encoders, run_places,
                                            weights_hash)
 from .engine.packing import Pack, load_pack, pack_stem
@@ -193,7 +193,7 @@ def marsclr_atlas(
     data = middle_tiles(squares) if by_image else squares
     to = Path(to or f'{pack_stem(pack)}.atlas')
     check_backbone(run, backbone)
-    encoder = named_encoders(run, backbone, seed=seed, unit=True)
+    encoder = named_encoders(run, backbone, seed=seed, size=size, unit=True)
     source = dict(run=run_places(run), weights=weights_hash(run), size=size, by_image=by_image,
                   backbone=backbone or 'resnet18')
     if serve: check_port(port)
@@ -204,7 +204,8 @@ def marsclr_atlas(
     features = encode(encoder, squares, size or None, device=pick_device(device), progress=True)
     if by_image: features = mean_by_image(features, squares)[0]
     place = str(Path(pack).resolve())
-    near = write_atlas(data, features, to, clusters, seed=seed, packed=place, **source)
+    with explain_interruption(to, 'nothing was written', 'the same command starts again'):
+        near = write_atlas(data, features, to, clusters, seed=seed, packed=place, **source)
     _print_atlas(data, to, features, near)
     if serve: serve_atlas(to, port)
 
@@ -255,7 +256,8 @@ def encode_file(
     got = read_pieces(image, pack.size, reading)
     if got.reason: raise MarsclrError(f'{image} cannot be read: {got.reason}')
     alone = Pack([got.pixels], pd.DataFrame(dict(path=[str(image)]*len(got.pixels))))
-    encoder = named_encoders(told['run'], told['backbone'], seed=told['seed'], unit=True)
+    encoder = named_encoders(told['run'], told['backbone'], seed=told['seed'],
+                             size=told['size'], unit=True)
     return encode(encoder, alone, told['size'] or None).mean(0, keepdim=True).numpy()
 
 # %% ../nbs/11_atlas.ipynb #11at002f

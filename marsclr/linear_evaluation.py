@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['probe_kinds', 'plain_probe', 'fit_logistic', 'dense_layers', 'train_layers', 'fit_layers', 'ProbeResult',
-           'mean_over_classes', 'labeled_rows', 'check_probe', 'probe', 'check_options', 'probed_encoder',
-           'marsclr_probe']
+           'mean_over_classes', 'labeled_rows', 'check_probe', 'probe', 'check_options', 'marsclr_probe']
 
 # %% ../nbs/05_linear_evaluation.ipynb #2af4e394
 import random
@@ -27,7 +26,8 @@ from sklearn.preprocessing import StandardScaler
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import TensorDataset
-from .engine.files import MarsclrError, atomic_write, check_new, read_json, write_json
+from .engine.files import MarsclrError, atomic_write, check_new, explain_interruption
+from .engine.files import read_json, write_json
 from .engine.commands import command
 from .engine.embed import by_image as mean_by_image
 from .engine.encoders import ContrastiveModel, Stages, create_encoder, encode
@@ -36,7 +36,7 @@ from .engine.logistic import choose_penalty
 from .engine.named_encoders import check_backbone, describe_encoders, load_projection
 from .engine.named_encoders import named_encoders, probe_folder
 from .engine.packing import load_pack
-from .engine.predict import keep_classifier, predict_into
+from .engine.predict import keep_classifier, labels_digest, predict_into
 from .engine.processes import process_group, rank
 from .engine.sizes import features_size
 from .training import adam
@@ -215,16 +215,18 @@ def probe(
     return ProbeResult(y['test'], predict(x['test']), classes, setting, val_accuracy, loss)
 
 # %% ../nbs/05_linear_evaluation.ipynb #d988090e
-def _write_result(to, result, table, **asked):
+def _write_result(to, result, table, asked, write_classifier=None):
     "What was asked and what came of it; the folder appears whole or not at all"
     tested = (table.split == 'test') & (table.label >= 0)
     columns = dict(path=table.path[tested], truth=result.truth, predicted=result.predicted)
     with atomic_write(to) as tmp:
         tmp.mkdir()
         write_json(tmp/'summary.json', dict(**asked, **result.summary()))
-        result.per_class().to_csv(tmp/'per_class.csv')
-        pd.DataFrame(columns).to_csv(tmp/'predictions.csv', index=False)
+        result.per_class().to_csv(tmp/'per_class.csv', errors='surrogateescape')
+        predictions = pd.DataFrame(columns)
+        predictions.to_csv(tmp/'predictions.csv', index=False, errors='surrogateescape')
         result.show().savefig(tmp/'confusion.png')
+        if write_classifier: write_classifier(tmp/'classifier.npz')
 
 # %% ../nbs/05_linear_evaluation.ipynb #ea8cb559
 def check_options(run, to, kind, size, stages, predict=''):
@@ -239,12 +241,6 @@ def check_options(run, to, kind, size, stages, predict=''):
     if predict and kind not in ('logistic', 'projection'):
         raise MarsclrError(f'--predict goes with --kind logistic or projection, not with {kind}')
     if not (predict and (to/'classifier.npz').is_file()): check_new(to)
-
-# %% ../nbs/05_linear_evaluation.ipynb #a294b6c5
-def probed_encoder(run, kind, backbone, stages, seed):
-    "The network that `marsclr_probe` asks for"
-    if kind == 'projection': return load_projection(run)
-    return named_encoders(run, backbone, stages, seed)
 
 # %% ../nbs/05_linear_evaluation.ipynb #lin00015
 @partial(command, several=True)
@@ -269,25 +265,28 @@ def marsclr_probe(
     check_options(run, to, kind, size, stages, predict)
     check_backbone(run, backbone)
     others = load_pack(predict) if predict else None
-    encoder = probed_encoder(run, kind, backbone, stages, seed)
+    if kind == 'projection': encoder = load_projection(run)
+    else: encoder = named_encoders(run, backbone, stages, seed, size)
     size = size or features_size(encoder, data.size)
     with process_group(pick_device()):
         features = None if to.exists() else encode(encoder, data, size, progress=True)
         of_others = encode(encoder, others, size, progress=True) if others else None
         if rank(): return
     asked = describe_encoders(run, backbone)
-    asked |= dict(pack=data.name, kind=kind, stages=stages, size=size, seed=seed)
-    if features is not None: _probe_into(to, features, data, by_image, predict, asked)
-    if predict: predict_into(to, of_others, others, Path(predict).name, asked)
+    asked |= dict(pack=data.name, kind=kind, stages=stages, size=size, by_image=by_image,
+                  seed=seed, labels=labels_digest(data.table))
+    with explain_interruption(to, 'what is done is kept'):
+        if features is not None: _probe_into(to, features, data, predict, asked)
+        if predict: predict_into(to, of_others, others, Path(predict).name, asked)
 
 # %% ../nbs/05_linear_evaluation.ipynb #718e67ec
-def _probe_into(to, features, pack, by_image, predict, asked):
+def _probe_into(to, features, pack, predict, asked):
     "Probe, write the results and print them"
     table = pack.table
-    if by_image: features,table = mean_by_image(features, pack)
+    if asked['by_image']: features,table = mean_by_image(features, pack)
     result = probe(features, table, pack.classes, asked['kind'], asked['seed'])
-    _write_result(to, result, table, **asked)
-    if predict: keep_classifier(features, table, pack.classes, asked, to/'classifier.npz')
+    classifier = partial(keep_classifier, features, table, pack.classes, asked)
+    _write_result(to, result, table, asked, classifier if predict else None)
     what = 'all stages of '*asked['stages'] + asked['run']
     print(f"{pack.name}, {asked['kind']} probe of {what}:")
     print(_in_words(result))

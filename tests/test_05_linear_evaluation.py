@@ -19,7 +19,8 @@ from sklearn.preprocessing import StandardScaler
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import TensorDataset
-from marsclr.engine.files import MarsclrError, atomic_write, check_new, read_json, write_json
+from marsclr.engine.files import MarsclrError, atomic_write, check_new, explain_interruption
+from marsclr.engine.files import read_json, write_json
 from marsclr.engine.commands import command
 from marsclr.engine.embed import by_image as mean_by_image
 from marsclr.engine.encoders import ContrastiveModel, Stages, create_encoder, encode
@@ -28,7 +29,7 @@ from marsclr.engine.logistic import choose_penalty
 from marsclr.engine.named_encoders import check_backbone, describe_encoders, load_projection
 from marsclr.engine.named_encoders import named_encoders, probe_folder
 from marsclr.engine.packing import load_pack
-from marsclr.engine.predict import keep_classifier, predict_into
+from marsclr.engine.predict import keep_classifier, labels_digest, predict_into
 from marsclr.engine.processes import process_group, rank
 from marsclr.engine.sizes import features_size
 from marsclr.training import adam
@@ -168,7 +169,7 @@ def test_from_the_command_line():
         with expect_fail(MarsclrError, f'{run} has no projection head'):
             check_options(run, tmp/'p', 'projection', size=0, stages=False)
 
-    named = probed_encoder('random', 'logistic', 'resnet18', stages=False, seed=0)
+    named = named_encoders('random', seed=0)
     test_eq(named.state_dict()['conv1.weight'], before['conv1.weight'])
 
     assert _in_words(hits).startswith('accuracy 60.0% (')
@@ -195,7 +196,7 @@ def test_from_the_command_line():
     test_eq(len(named), len(pack))
     pack_classes = np.array(pack.classes)[tested.predicted]
     test_eq(named.set_index('path').loc[tested.index, 'class'].tolist(), pack_classes.tolist())
-    with expect_fail(SystemExit, 'is of other features (seed is 0 there, 1 here)'):
+    with expect_fail(SystemExit, 'is of another probe (seed is 0 there, 1 here)'):
         run_probe(*seeded, 1, '--predict', tmp/'pack')
     with expect_fail(SystemExit, '--predict goes with --kind logistic or projection, not with linear'):
         run_probe(*seeded, 0, '--kind', 'linear', '--predict', tmp/'pack')

@@ -14,7 +14,7 @@ from marsclr.engine.commands import command
 from marsclr.engine.embed import by_image as mean_by_image
 from marsclr.engine.embed import middle_tiles
 from marsclr.engine.encoders import encode, pick_device
-from marsclr.engine.files import MarsclrError, atomic_write, check_new, one_line, read_json, write_json
+from marsclr.engine.files import MarsclrError, atomic_write, check_new, explain_interruption, one_line, read_json, write_json
 from marsclr.engine.named_encoders import check_backbone, named_encoders, run_places, weights_hash
 from marsclr.engine.packing import Pack, load_pack, pack_stem
 from marsclr.engine.reading import Reading, read_pieces

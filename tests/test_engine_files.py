@@ -153,6 +153,8 @@ def test_interrupted_work():
         interrupt(KeyboardInterrupt())
     with expect_fail(MarsclrError, 'no room is left on the disk of d: make some, the same command'):
         interrupt(OSError(errno.ENOSPC, 'disk full'))
+    with expect_fail(MarsclrError, 'no room is left on the disk of d: make some, the same command'):
+        interrupt(OSError('46080 requested and 25568 written'))
     with expect_fail(Stopped, 'stopped: half is in d, the same command'):
         interrupt(Stopped('stopped by SIGTERM'))
     with expect_fail(FileNotFoundError): interrupt(FileNotFoundError())
@@ -166,7 +168,7 @@ def test_text_from_other_programs():
         text.write_bytes('a.jpg 0'.encode('utf-16'))
         with expect_fail(MarsclrError, 'labels.txt is text in UTF-16: save it as UTF-8'):
             read_lines(text)
-        text.write_bytes(b'a.jpg 0\nb\xe9.jpg 1\n')
+        text.write_bytes(b'\xef\xbb\xbfa.jpg 0\nb\xe9.jpg 1\n')
         with expect_fail(MarsclrError, 'not a text file in UTF-8 (byte 0xe9 in line 2)'):
             read_lines(text)
         text.write_bytes(bytes(9))

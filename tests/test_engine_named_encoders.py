@@ -10,8 +10,9 @@ from marsclr.engine.export import SideBySide
 from marsclr.engine.files import MarsclrError, digest, one_line, read_json
 from marsclr.engine.sizes import size_options
 from marsclr.engine.stages import Stages
-from marsclr.engine.weights import backbone_of, describe_init
+from marsclr.engine.weights import backbone_of, describe_init, init_file
 import shutil, tempfile
+from unittest.mock import patch
 from fastcore.test import *
 from marsclr.engine.encoders import save_encoder
 from marsclr.engine.files import write_json
@@ -66,8 +67,12 @@ def test_what_is_remembered():
         (Path(folder)/'encoder.safetensors').write_bytes(b'weights')
         test_eq(run_places(f'random,{folder}'), f'random,{Path(folder).resolve()}')
         test_eq(len(weights_hash(f'random,{folder}')), 12)
+        test_eq(weights_hash(f'{folder}/encoder.safetensors'), weights_hash(folder)) # a file of weights
+    with expect_fail(MarsclrError, '/a,b/run has a comma in its path'):
+        with patch.object(Path, 'resolve', lambda path: f'/a,b/{path}'): run_places('random,run')
 
     test_eq(probe_folder('my-run', '', 'packs/my.pack'), Path('my-run/probe-my.pack'))
+    test_eq(probe_folder('my-run:stages', '', 'my.pack'), Path('my-run/probe-stages-my.pack'))
     for run in 'random', 'imagenet', 'imagenet,my-run':
         with expect_fail(MarsclrError, f'{run} has no run folder: give --to'):
             probe_folder(run, '', 'my.pack')

@@ -213,7 +213,9 @@ def explain_interruption(
     except KeyboardInterrupt as e: raise MarsclrError(f'interrupted: {left}, {again}') from e
     except Stopped as e: raise Stopped(f'stopped: {left}, {again}', e.by) from e
     except OSError as e:
-        if e.errno not in (errno.ENOSPC, errno.EDQUOT): raise
+        # numpy tells of a full disk without a number: `46080 requested and 25568 written`
+        full = e.errno in (errno.ENOSPC, errno.EDQUOT) or 'requested and' in str(e)
+        if not full: raise
         raise MarsclrError(f'no room is left on the disk of {folder}: make some, {again}') from e
 
 # %% ../../nbs/engine/files.ipynb #c0b4c566
@@ -227,7 +229,8 @@ def read_lines(
         raise MarsclrError(f'{path} is text in UTF-16: save it as UTF-8')
     try: text = data.decode('utf-8-sig')
     except UnicodeDecodeError as e:
-        where = f'byte {data[e.start]:#x} in line {data[:e.start].count(10)+1}'
+        read = e.object # without byte-order mark
+        where = f'byte {read[e.start]:#x} in line {read[:e.start].count(10)+1}'
         raise MarsclrError(f'{path} is not a text file in UTF-8 ({where}): save it as one') from e
     if '\0' in text: raise MarsclrError(f'{path} is not a text file')
     return [line.rstrip() for line in re.split('\r\n|\r|\n', text)]

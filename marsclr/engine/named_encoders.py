@@ -18,7 +18,7 @@ from .export import SideBySide
 from .files import MarsclrError, digest, one_line, read_json
 from .sizes import size_options
 from .stages import Stages
-from .weights import backbone_of, describe_init
+from .weights import backbone_of, describe_init, init_file
 
 # %% ../../nbs/engine/named_encoders.ipynb #ne000009
 def split_stages(
@@ -94,9 +94,10 @@ def describe_encoders(
     run, backbone='', # as in `named_encoders`
 ) -> dict: # run, weights, backbone
     "What a summary tells of the encoders"
-    names = [split_stages(word)[0] for word in encoder_names(run)]
-    return dict(run=run, weights=', '.join(map(describe_init, names)),
-                backbone=', '.join(its_backbone(name, backbone) for name in names))
+    parts = [split_stages(word) for word in encoder_names(run)]
+    weights = ['stages of '*stages + describe_init(name) for name,stages in parts]
+    return dict(run=run, weights=', '.join(weights),
+                backbone=', '.join(its_backbone(name, backbone) for name,_ in parts))
 
 # %% ../../nbs/engine/named_encoders.ipynb #4cdbb356
 def is_run(
@@ -109,15 +110,19 @@ def run_places(
     run, # as in `encoder_names`
 ) -> str:
     "The same encoders, wherever the command is given"
-    return ','.join(str(Path(name).resolve()) if is_run(name) else name
-                    for name in encoder_names(run))
+    places = [str(Path(name).resolve()) if is_run(name) else name for name in encoder_names(run)]
+    for place in places:
+        if len(places) == 1 or ',' not in place: continue
+        raise MarsclrError(f'{place} has a comma in its path, and commas separate encoders: '
+                           'rename the folder')
+    return ','.join(places)
 
 def weights_hash(
     run, # as in `encoder_names`
 ) -> str:
     "Short hashes of the encoders of runs; empty where there is no run"
-    runs = [Path(split_stages(name)[0]) for name in encoder_names(run) if is_run(name)]
-    return ','.join(digest(path/'encoder.safetensors')[:12] for path in runs)
+    runs = [split_stages(name)[0] for name in encoder_names(run) if is_run(name)]
+    return ','.join(digest(init_file(name))[:12] for name in runs)
 
 # %% ../../nbs/engine/named_encoders.ipynb #ne000020
 def probe_folder(
@@ -127,9 +132,10 @@ def probe_folder(
 ) -> Path:
     "Where the results of `marsclr_probe` go: RUN/probe-PACK by default"
     if to: return Path(to)
-    if len(encoder_names(run)) > 1 or not is_run(run):
+    name,stages = split_stages(run)
+    if len(encoder_names(run)) > 1 or not is_run(run) or Path(name).is_file():
         raise MarsclrError(f'{run} has no run folder: give --to')
-    return Path(run)/f'probe-{Path(pack).name}'
+    return Path(name)/f'probe-{"stages-"*stages}{Path(pack).name}'
 
 # %% ../../nbs/engine/named_encoders.ipynb #ff236b93
 def load_projection(
