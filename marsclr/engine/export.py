@@ -6,6 +6,7 @@
 __all__ = ['SideBySide', 'export_encoder']
 
 # %% ../../nbs/engine/export.ipynb #a3cd1930
+import io
 from copy import deepcopy
 from pathlib import Path
 
@@ -53,5 +54,7 @@ def export_encoder(
     shapes = ({0: torch.export.Dim('images')},)
     with torch.no_grad():
         program = torch.export.export(net, (torch.zeros(2, 3, size, size),), dynamic_shapes=shapes)
-    with atomic_write(path) as p: torch.export.save(program, p)
+    whole = io.BytesIO()
+    torch.export.save(program, whole)
+    with atomic_write(path) as p: p.write_bytes(whole.getbuffer())
     return Path(path)
