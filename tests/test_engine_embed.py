@@ -5,7 +5,7 @@ import numpy as np, pandas as pd, torch
 from torch import nn
 from marsclr.engine.commands import command
 from marsclr.engine.encoders import feature_batches, pick_device
-from marsclr.engine.files import MarsclrError, check_new, read_json, write_json
+from marsclr.engine.files import MarsclrError, check_new, new_npy, read_json, write_json
 from marsclr.engine.named_encoders import check_backbone, describe_encoders, named_encoders
 from marsclr.engine.pack_writer import unfinished
 from marsclr.engine.packing import Pack, open_packs
@@ -62,6 +62,13 @@ def test_into_a_file_some_images_at_a_time():
     test_eq(_open_features(folder, (3, 2), dict(run='mine'))[1], 7)
     out,done = _open_features(folder, (3, 2), dict(run='yours'))
     test_eq(done, 0) # what was asked for is something else
+    (folder/'features.npy').unlink()
+    out,done = _open_features(folder, (3, 2), dict(run='yours'))
+    test_eq((done, out.shape), (0, (3, 2)))
+    full = replaced('os.posix_fallocate', side_effect=OSError('disk full'), create=True)
+    with full, expect_fail(OSError, 'disk full'): _open_features(folder, (3, 2), dict(run='mine'))
+    test_eq([path.name for path in folder.iterdir()], ['features.npy']) # no progress is told
+    out,done = _open_features(folder, (3, 2), dict(run='mine'))
 
     images = np.array([1, 1, 2])
     _write_portion(folder, out, images, np.array([[1., 2], [3, 4], [5, 6]]))

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np, timm, torch
 from fastai.torch_core import default_device
 from torch import nn
-from marsclr.engine.files import MarsclrError, atomic_write, one_line
+from marsclr.engine.files import MarsclrError, atomic_write, new_npy, one_line
 from marsclr.engine.memory import keep_heap
 from marsclr.engine.packing import Pack
 from marsclr.engine.processes import gather_parts, my_rows, rank
@@ -70,6 +70,8 @@ def test_where_to_begin():
         with torch.no_grad(): test_eq(load_encoder(run)(images), encoder(images))
         write_json(f'{run}/config.json', dict(backbone='resnet34'))
         with expect_fail(MarsclrError, 'damaged or of another backbone'): load_encoder(run)
+        write_json(f'{run}/config.json', dict(backbone='resnet18', timm_options=dict(nonsense=3)))
+        with expect_fail(MarsclrError, "cannot make 'resnet18' (TypeError"): load_encoder(run)
         with expect_fail(MarsclrError, 'holds no encoder.safetensors'): load_encoder(f'{run}/nowhere')
     with expect_fail(MarsclrError, 'of tf_efficientnet_lite0, not of resnet18: leave the backbone out'):
         create_encoder('resnet18', 'imagenet')

@@ -3,7 +3,7 @@
 import errno, hashlib, json, os, re, shutil, signal, tempfile, threading
 from contextlib import contextmanager, suppress
 from pathlib import Path
-import pandas as pd
+import numpy as np, pandas as pd
 from filelock import FileLock, Timeout
 import hashlib, subprocess, sys
 from io import BytesIO
@@ -78,6 +78,22 @@ def test_whole_files_or_none():
         test_eq(sorted(path.name for path in Path(d).iterdir()), ['log.csv', 'old.csv'])
         with atomic_write(Path(d)/'deep/er/log.csv') as p: p.write_text('epoch 1')
         test_eq((Path(d)/'deep/er/log.csv').read_text(), 'epoch 1')
+
+    def check_reserved(path):
+        array = new_npy(path, np.float32, (1000, 700))
+        assert path.stat().st_blocks*512 >= path.stat().st_size > array.nbytes
+        assert not array.any()
+        array[7] = 7
+        array.flush()
+        test_eq(np.load(path), array)
+
+    with tempfile.TemporaryDirectory() as d:
+        check_reserved(Path(d)/'a.npy')
+        with patch('os.posix_fallocate', create=True):
+            del os.posix_fallocate
+            check_reserved(Path(d)/'b.npy')
+        full = patch('os.posix_fallocate', side_effect=OSError(errno.ENOSPC, 'full'), create=True)
+        with full, expect_fail(OSError, 'full'): new_npy(f'{d}/c.npy', np.uint8, (9,))
 
     with tempfile.TemporaryDirectory() as d:
         write_json(f'{d}/a.json', {'seed': 1})

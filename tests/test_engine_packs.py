@@ -4,7 +4,8 @@ import hashlib, json, os
 from pathlib import Path
 import numpy as np, pandas as pd, torch
 from fastcore.basics import patch
-from marsclr.engine.files import MarsclrError, atomic_write, check_new, one_line, read_json
+from marsclr.engine.files import MarsclrError, atomic_write, check_new, new_npy, one_line
+from marsclr.engine.files import read_json
 from marsclr.engine.pack_writer import csv_line
 from marsclr.datasets import columns, join_classes, make_table
 import shutil, tempfile

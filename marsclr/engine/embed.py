@@ -13,7 +13,7 @@ import numpy as np, pandas as pd, torch
 from torch import nn
 from .commands import command
 from .encoders import feature_batches, pick_device
-from .files import MarsclrError, check_new, read_json, write_json
+from .files import MarsclrError, check_new, new_npy, read_json, write_json
 from .named_encoders import check_backbone, describe_encoders, named_encoders
 from .pack_writer import unfinished
 from .packing import Pack, open_packs
@@ -85,10 +85,13 @@ def _open_features(folder, shape, asked):
     "The memory-mapped file, and how many rows of the pack an earlier run has done"
     path = folder/'features.npy'
     progress = folder/'progress.json'
-    if progress.is_file() and read_json(progress)['asked'] == asked:
+    there = path.is_file() and progress.is_file()
+    if there and read_json(progress)['asked'] == asked:
         return np.load(path, mmap_mode='r+'), read_json(progress)['done']
+    progress.unlink(missing_ok=True)
+    out = new_npy(path, np.float32, shape)
     write_json(progress, dict(asked=asked, done=0))
-    return np.lib.format.open_memmap(path, 'w+', np.float32, shape), 0
+    return out, 0
 
 # %% ../../nbs/engine/embed.ipynb #c980489d
 def _write_portion(folder, out, images, features):

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np, timm, torch
 from fastai.torch_core import default_device
 from torch import nn
-from .files import MarsclrError, atomic_write, one_line
+from .files import MarsclrError, atomic_write, new_npy, one_line
 from .memory import keep_heap
 from .packing import Pack
 from .processes import gather_parts, my_rows, rank
@@ -54,7 +54,7 @@ def create_encoder(
     name = backbone_of(init, name)
     check_name(name)
     try: encoder = timm.create_model(name, num_classes=0, **(timm_options_of(init) | kwargs))
-    except (OSError, RuntimeError) as e:
+    except (OSError, RuntimeError, TypeError) as e:
         raise MarsclrError(f'timm cannot make {name!r} ({one_line(e)})') from e
     encoder = small_maps_by_matrix(encoder)
     encoder.trained_at = size_told(init)
@@ -186,7 +186,7 @@ def encode_to(
     "Features straight into a file, for packs whose features do not fit into memory; in one process"
     rows = range(len(pack))
     with atomic_write(path) as p:
-        out = np.lib.format.open_memmap(p, 'w+', np.float32, (len(pack), width(encoder)))
+        out = new_npy(p, np.float32, (len(pack), width(encoder)))
         done = 0
         for features in feature_batches(encoder, pack, rows, size, bs, device, progress):
             out[done:done+len(features)] = features

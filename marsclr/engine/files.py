@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['MarsclrError', 'one_line', 'Stopped', 'raise_stopped', 'on_signal', 'data_root', 'check_writable', 'check_new',
-           'sync_to_disk', 'missing_parents', 'remove_empty', 'atomic_write', 'write_json', 'read_json', 'digest',
-           'append_rows', 'file_lock', 'explain_interruption', 'read_lines', 'numbered_lines']
+           'sync_to_disk', 'missing_parents', 'remove_empty', 'atomic_write', 'new_npy', 'write_json', 'read_json',
+           'digest', 'append_rows', 'file_lock', 'explain_interruption', 'read_lines', 'numbered_lines']
 
 # %% ../../nbs/engine/files.ipynb #3c603fd0
 import errno, hashlib, json, os, re, shutil, signal, tempfile, threading
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-import pandas as pd
+import numpy as np, pandas as pd
 from filelock import FileLock, Timeout
 
 # %% ../../nbs/engine/files.ipynb #ba98ecc8
@@ -128,6 +128,24 @@ def _move_into_place(written, path, before):
     if before and path.exists(): os.replace(path, before)
     os.replace(written, path)
     sync_to_disk(path.parent)
+
+# %% ../../nbs/engine/files.ipynb #newnpy02
+def new_npy(
+    path,  # the .npy file to make
+    dtype,
+    shape,
+) -> np.ndarray: # memory-mapped, zeros
+    "An array to fill whose place on the disk is reserved; an `OSError` where there is too little"
+    array = np.lib.format.open_memmap(path, 'w+', dtype, shape)
+    with open(path, 'r+b') as f:
+        if hasattr(os, 'posix_fallocate'): os.posix_fallocate(f.fileno(), 0, os.path.getsize(path))
+        else: _write_zeros(f, array.offset, os.path.getsize(path))
+    return array
+
+def _write_zeros(f, start, stop, most=2**20):
+    "What macOS needs: it cannot reserve blocks"
+    f.seek(start)
+    for place in range(start, stop, most): f.write(bytes(min(most, stop-place)))
 
 # %% ../../nbs/engine/files.ipynb #aa2342cb
 def write_json(

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import numpy as np, pandas as pd, torch
 from fastcore.basics import patch
-from .files import MarsclrError, atomic_write, check_new, one_line, read_json
+from .files import MarsclrError, atomic_write, check_new, new_npy, one_line
+from .files import read_json
 from .pack_writer import csv_line
 from ..datasets import columns, join_classes, make_table
 
@@ -191,7 +192,7 @@ def save_pack(
     with atomic_write(to) as folder:
         folder.mkdir()
         shape = len(pack), pack.size, pack.size, 3
-        images = np.lib.format.open_memmap(folder/'images.npy', 'w+', np.uint8, shape)
+        images = new_npy(folder/'images.npy', np.uint8, shape)
         for i in range(0, len(pack), 256): images[i:i+256] = pack[i:i+256]
         images.flush()
         lines = [pack.table.columns, *pack.table.itertuples(index=False, name=None)]
