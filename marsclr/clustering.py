@@ -209,10 +209,9 @@ def _cluster_vectors(data, source, bursts, k, run, backbone, size, seed, device)
 
 # %% ../nbs/06_clustering.ipynb #c106001b
 sources = ('texture', 'features', 'pixels', 'capture', 'labels')
-def _check_options(pack, source, bursts, to, seed):
+def _check_options(pack, source, bursts, to):
     if source not in sources:
         raise MarsclrError(f'source {source!r} is not known: choose from {" ".join(sources)}')
-    if seed < 0: raise MarsclrError(f'--seed {seed}: give 0 or more')
     if bursts and source not in ('features', 'pixels'):
         raise MarsclrError(f'--bursts goes with features and pixels, not with {source}')
     if len(split_paths(pack)) > 1 and not to:
@@ -284,7 +283,7 @@ def marsclr_cluster(
     device:str='',   # cpu, cuda, ...; the best there is by default
 ):
     "Find a cluster for every image of a pack; texture goes on where it stopped"
-    _check_options(pack, source, bursts, to, seed)
+    _check_options(pack, source, bursts, to)
     data = open_packs(pack)
     path = Path(to or f'{pack_stem(pack)}.{source}.npz')
     network = dict(run=run, backbone=backbone, size=size, seed=seed, device=device)

@@ -294,7 +294,6 @@ def marsclr_falseneg(
     device:str='',   # diagnose: cpu, cuda, ...; the best there is by default
 ):
     "How often are the negatives of contrastive learning false?"
-    if seed < 0: raise MarsclrError(f'--seed {seed}: give 0 or more')
     if what == 'rates': print_rates(source, batch, clusters, replacement, batches, seed)
     elif what == 'diagnose': diagnose(source, alike, to, batch, seed, device or None)
     else: raise MarsclrError(f'{what!r} is not known: choose from rates diagnose')

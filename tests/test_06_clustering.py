@@ -190,9 +190,8 @@ def test_from_the_command_line():
     first_burst = capture.ids == capture.ids[0]
     test_eq(len(set(of_bursts.ids[first_burst])), 1)
 
-    for options,message in ((('p', 'cats', False, '', 1), "source 'cats' is not known"),
-                            (('p', 'pixels', False, '', -1), '--seed -1: give 0 or more'),
-                            (('p', 'labels', True, '', 1), '--bursts goes with features and pixels')):
+    for options,message in ((('p', 'cats', False, ''), "source 'cats' is not known"),
+                            (('p', 'labels', True, ''), '--bursts goes with features and pixels')):
         with expect_fail(MarsclrError, message): _check_options(*options)
     with expect_fail(MarsclrError, '--size -1'): _check_numbers(5, -1, 800, 'p')
     with expect_fail(MarsclrError, 'ends in .npz'): _check_new(tmp/'found.txt')

@@ -227,7 +227,6 @@ def marsclr_label(
     seed:int=42,     # of suggestions and splits
 ):
     "Which images to label, what becomes of the labels, and a class for every image"
-    if seed < 0: raise MarsclrError(f'--seed {seed}: give 0 or more')
     if what == 'suggest': _suggest(pack, features, n, to, seed)
     elif what == 'propagate': _propagate(pack, features, sure, to, folders, root)
     elif what != 'apply':
