@@ -35,7 +35,7 @@ from .engine.thumbnails import map_figure, save_figure
 from .engine.weights import has_imagenet
 from .training import pretrain
 
-# %% ../nbs/start.ipynb #bd7d7336
+# %% ../nbs/start.ipynb #optpk000
 fewest = 32 # images to start with
 
 @contextmanager
@@ -46,6 +46,7 @@ def options_of_pack():
         if not re.search(r'[ (]--(?!to\b)', str(e)): raise
         raise MarsclrError(f'{e} (an option of marsclr_pack, not of marsclr_start)') from e
 
+# %% ../nbs/start.ipynb #bd7d7336
 def check_start(
     folder:Path,
     to:Path,       # where the results are to lie
@@ -63,7 +64,7 @@ def check_start(
     check_writable(to)
     return archive
 
-# %% ../nbs/start.ipynb #4cb3f97a
+# %% ../nbs/start.ipynb #same0000
 def check_same_images(
     pack:Pack,
     archive:Archive,
@@ -80,6 +81,7 @@ def check_same_images(
     raise MarsclrError(f'{archive.root} holds other images than {to} was made of ({first} is '
                        f'{what}): give another --to')
 
+# %% ../nbs/start.ipynb #4cb3f97a
 other_packs = ('To pack in another way (--size, --range, --tiles, --follow_links), use '
                'marsclr_pack, and train on its pack by marsclr_pretrain.')
 
@@ -267,7 +269,7 @@ def start(
         draw_neighbours(pack, features, table, plan, to)
         print(say_made(to, plan, features, side))
 
-# %% ../nbs/start.ipynb #30e58d3f
+# %% ../nbs/start.ipynb #place000
 def default_place(
     folder, # of images
 ) -> str: # without commas, which separate encoders on a command line
@@ -275,6 +277,7 @@ def default_place(
     name = Path(folder).resolve().name.replace(',', '_')
     return f'runs/{name}'
 
+# %% ../nbs/start.ipynb #30e58d3f
 @command
 def marsclr_start(
     folder:str,          # of images; those in the folders below it count, too

@@ -21,7 +21,7 @@ def fold(text:str) -> str: # in lines of at most 98 characters
     "A paragraph for a terminal"
     return textwrap.fill(text, 98, break_on_hyphens=False, break_long_words=False)
 
-# %% ../../nbs/engine/start_report.ipynb #sr000009
+# %% ../../nbs/engine/start_report.ipynb #shell000
 def shell_path(
     to:Path, # folder of the results
     name,    # of something in it
@@ -29,6 +29,7 @@ def shell_path(
     "A path as a word of a command, quoted where a shell needs it"
     return shlex.quote(f'{to}/{name}')
 
+# %% ../../nbs/engine/start_report.ipynb #sr000009
 def say_found(
     rate:np.ndarray, # (5,) quantiles, what `start_diagnosis` gave
     batch_size:int,
