@@ -91,7 +91,7 @@ def test_in_a_table():
 
 def test_what_came_of_it():
     global rows
-    names = dict(solar_cells='solar cells', msl='MSL v2.1')
+    names = dict(solar_cells='solar cells', msl='MSL v2.1', hirise='HiRISE subset')
     rows = {data: pd.read_csv(f'../results/peers-{data}.csv') for data in names}
     speeds = {data: pd.read_csv(f'../results/peers-{data}-speed.csv').set_index('method').images_per_s
               for data in names}
@@ -100,8 +100,8 @@ def test_what_came_of_it():
     columns = {}
     for data,name in names.items():
         epochs = rows[data].groupby('method').epochs.max().reindex(speeds[data].index)
-        columns[f'images a second, {name}'] = speeds[data].round().astype(int)
-        columns[f'epochs, {name}'] = epochs.astype('Int64')
+        columns[name, 'images/s'] = speeds[data].round().astype('Int64')
+        columns[name, 'epochs'] = epochs.astype('Int64')
     pd.DataFrame(columns)
 
     for data,speed in speeds.items():
@@ -148,6 +148,7 @@ def test_solar_cells():
 
 
 def test_msl_v2_1():
+    global others
     peers_summary(rows['msl'])
 
     peers_summary(rows['msl'], 'last')
@@ -163,5 +164,31 @@ def test_msl_v2_1():
         by_seed = some.pivot(index='seed', columns='method', values='accuracy')
         for other in others: assert not (by_seed[other] >= by_seed['marsclr, eq. 1']).any()
     pd.concat(less)
+
+
+def test_hirise_subset():
+    peers_summary(rows['hirise'])
+
+    peers_summary(rows['hirise'], column='balanced_accuracy')
+
+    peers_summary(rows['hirise'], 'last', 'balanced_accuracy')
+
+    accuracy_figure(rows['hirise'])
+
+    test_size(rows['hirise'])
+    guessed = rows['hirise'].query('balanced_accuracy == .125').accuracy.max()
+    print(f'always the largest class: {guessed:.1%}')
+    less = {}
+    for layer in ('last', 'stages'):
+        some = rows['hirise'][(rows['hirise'].layer == layer) & (rows['hirise'].labels == 100)]
+        for column in ('accuracy', 'balanced_accuracy'):
+            gains = paired_differences(some, 'frozen ImageNet', column)
+            less[layer, column] = gains.loc['marsclr, from ImageNet']
+    less = pd.DataFrame(less).T
+    assert (less['mean'] > less.half).all()
+    less.round(1)
+
+    some = rows['hirise'][(rows['hirise'].layer == 'stages') & (rows['hirise'].labels == 100)]
+    paired_differences(some, 'marsclr, eq. 1', 'balanced_accuracy').loc[others].round(1)
 
     shutil.rmtree(tmp)

@@ -9,7 +9,7 @@ from marsclr.study.summaries import half_width, paired_differences
 
 
 def test_do_i_have_to_train():
-    global of_packs, solar, some_rows, tables
+    global archives, of_packs, solar, some_rows, tables
     blocks = read_cells('../results/laptop-msl/cross_validation.csv')
     of_packs = dict(list(blocks.groupby('pack', sort=False)))
     shown = ['random weights', 'DCL', 'DCL, epochs=32', 'frozen ImageNet']
@@ -18,8 +18,9 @@ def test_do_i_have_to_train():
     on_mars = pd.concat({pack: compared.loc[shown] for pack,compared in less_frozen.items()})
     on_mars[['accuracy', 'accuracy less frozen ImageNet', 'log_loss']]
 
+    archives = dict(solar_cells='solar cells', msl='MSL v2.1', hirise='HiRISE subset')
     tables = {name: pd.read_csv(f'../results/peers-{data}.csv')
-              for data,name in dict(solar_cells='solar cells', msl='MSL v2.1').items()}
+              for data,name in archives.items()}
 
     def not_started(table):
         "Without the encoders that were trained on from ImageNet's weights"
@@ -35,7 +36,7 @@ def test_do_i_have_to_train():
     solar = tables['solar cells']
     peers_summary(not_started(solar))
 
-    peers_summary(not_started(tables['MSL v2.1']))
+    pd.concat({name: peers_summary(not_started(tables[name])) for name in list(tables)[1:]})
 
     layers = 100*solar[solar.labels == 100].groupby(['method', 'layer']).accuracy.mean().unstack()
     assert (layers.stages > layers['last']).all()
@@ -67,8 +68,15 @@ def test_does_it_pay_to_train_on_from_imagenets_weights():
         means = {layer: some_rows(table, layer).groupby('method').accuracy.mean()
                  for layer in ('last', 'stages')}
         assert means['last'][begun[1]] > means['last'][begun[0]]
+    of_hirise = pd.concat({
+        (layer, column): paired_differences(some_rows(tables['HiRISE subset'], layer), begun[0], column)
+        for layer in ('last', 'stages') for column in ('accuracy', 'balanced_accuracy')})
+    surely = of_hirise.xs(begun[1], level=2)
+    assert (surely['mean'] > surely.half).all()
     alone = pd.concat(alone)
     alone.drop(columns=[name for name in alone if name.startswith('10 %')])
+
+    surely.round(1)
 
 
 def test_what_if_i_cannot_use_imagenets_weights():
@@ -129,7 +137,7 @@ def test_what_if_i_have_few_labels():
 def test_whose_library():
     simclr = ['marsclr, eq. 1', 'lightly, SimCLR', 'lightly-train, SimCLR']
     compared = {}
-    for data,name in dict(solar_cells='solar cells', msl='MSL v2.1').items():
+    for data,name in archives.items():
         speeds = pd.read_csv(f'../results/peers-{data}-speed.csv').set_index('method').images_per_s
         assert speeds[simclr[0]]/speeds[simclr[1:]].max() > 1.8
         columns = dict(images_per_s=speeds[simclr].round().astype(int))
@@ -138,8 +146,10 @@ def test_whose_library():
             columns[f'{layer} less eq. 1'] = less['mean'].round(1)
             columns[f'{layer}, half'] = less.half.round(1)
         compared[name] = pd.DataFrame(columns).loc[simclr]
-    cells,mars = compared.values()
+    cells,mars,orbit = compared.values()
     assert cells['stages less eq. 1']['lightly, SimCLR'] > 0
+    for layer in ('last', 'stages'):
+        assert not (orbit[f'{layer} less eq. 1'].abs() > orbit[f'{layer}, half']).any()
     assert (mars['last less eq. 1'] < 0)[simclr[1:]].all()
     by_seed = some_rows(tables['MSL v2.1'], 'last').pivot(index='seed', columns='method',
                                                         values='accuracy')
