@@ -65,7 +65,7 @@ def test_the_whole():
     test_eq(cells_left(tmp/'nowhere.csv', some), [(1, 'a'), (1, 'b'), (2, 'a'), (2, 'b')])
     test_eq(cells_left(tmp/'some.csv', some), [(1, 'a'), (2, 'a'), (2, 'b')])
 
-    some = PeersSettings(32, 32, 32, .01, seeds=(1,), images=140,
+    some = PeersSettings(32, 32, 32, .001, seeds=(1,), images=140,
                          names=('random weights', 'marsclr, DCL'))
     with capture_output() as said: table = run_peers('marsyard', tmp/'small', some)
     test_eq(table.groupby('method').size().to_dict(), {'marsclr, DCL': 8, 'random weights': 8})
