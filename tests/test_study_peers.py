@@ -100,9 +100,9 @@ def test_what_came_of_it():
     columns = {}
     for data,name in names.items():
         epochs = rows[data].groupby('method').epochs.max().reindex(speeds[data].index)
-        columns[name, 'images/s'] = speeds[data].round().astype('Int64')
+        columns[name, 'img/s'] = speeds[data].round().astype('Int64')
         columns[name, 'epochs'] = epochs.astype('Int64')
-    pd.DataFrame(columns)
+    pd.DataFrame(columns).astype(object).fillna('')
 
     for data,speed in speeds.items():
         for name in ('lightly, SimCLR', 'lightly-train, SimCLR'):
