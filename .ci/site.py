@@ -5,7 +5,8 @@
 
 The site is built by Quarto where it is installed, else by smalldocs. Building fails on
 - a cell that mixes imports with other code, which nbdev would run alone,
-- a notebook that the sidebar does not name, and a figure that no readable `#| fig-alt: ...` describes,
+- a notebook that the sidebar does not name,
+- a figure that no readable `#| fig-alt: ...` describes,
 - a function on a page without a docstring of its own, and a signature that is wide or holds a link,
 - a link that leads nowhere, past the line that it names, or to the site's published copy,
 - Markdown that is not rendered.

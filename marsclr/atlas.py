@@ -70,7 +70,7 @@ def tsne(
     "t-SNE of features of length one (scikit-learn); the same seed gives the same map"
     perplexity = min(perplexity, (len(x)-1)/3)
     with threadpool_limits(1):
-        return TSNE(perplexity=perplexity, random_state=seed).fit_transform(unit_rows(x))
+        return TSNE(perplexity=perplexity, random_state=seed % 2**32).fit_transform(unit_rows(x))
 
 # %% ../nbs/11_atlas.ipynb #603917f9
 def neighbours_kept(

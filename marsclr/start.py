@@ -286,5 +286,4 @@ def marsclr_start(
     seed:int=42,         # of initial weights, order and views
 ):
     "From a folder of images to an encoder, a map and a plain report; goes on where it stopped"
-    if seed < 0: raise MarsclrError(f'--seed {seed}: give 0 or more')
     start(folder, to or default_place(folder), minutes, seed)

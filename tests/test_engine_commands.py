@@ -73,9 +73,9 @@ def test_one_line_when_it_fails():
     test_eq(ending(Stopped('stopped', signal.SIGINT))[0], 130)
     with expect_fail(ZeroDivisionError): ending(ZeroDivisionError())
 
-    check_seed(2**32 - 1)
+    check_seed(2**63 - 1)
     with expect_fail(MarsclrError, '--seed -1: give 0 or more'): check_seed(-1)
-    with expect_fail(MarsclrError, '--seed 4294967296: give a number below 2**32'): check_seed(2**32)
+    with expect_fail(MarsclrError, 'give a number below 2**63'): check_seed(2**63)
 
 
 def test_the_script():

@@ -9,6 +9,7 @@ from fastai.vision.core import imagenet_stats
 from marsclr import __version__
 from marsclr.engine.callbacks import FrozenNorm, OnlineKnn, RefreshClusters
 from marsclr.engine.clusters import pixel_features
+from marsclr.engine.commands import check_seed
 from marsclr.engine.encoders import ContrastiveModel, check_name, create_encoder, fast_bf16, pick_device, projection_head, width
 from marsclr.engine.files import MarsclrError, atomic_write
 from marsclr.engine.health import Health, describe_copies, describe_health

@@ -76,9 +76,9 @@ def _one_line_failures(name):
 def check_seed(
     seed:int,
 ):
-    "Refuse what scikit-learn does not take as a seed"
+    "Refuse what torch does not take as a seed"
     if seed < 0: raise MarsclrError(f'--seed {seed}: give 0 or more')
-    if seed >= 2**32: raise MarsclrError(f'--seed {seed}: give a number below 2**32')
+    if seed >= 2**63: raise MarsclrError(f'--seed {seed}: give a number below 2**63')
 
 # %% ../../nbs/engine/commands.ipynb #6569da44
 def command(

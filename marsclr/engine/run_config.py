@@ -18,6 +18,7 @@ from fastai.vision.core import imagenet_stats
 from .. import __version__
 from .callbacks import FrozenNorm, OnlineKnn, RefreshClusters
 from .clusters import pixel_features
+from .commands import check_seed
 from .encoders import (ContrastiveModel, check_name, create_encoder, fast_bf16,
                                      pick_device, projection_head, width)
 from .files import MarsclrError, atomic_write
@@ -57,8 +58,7 @@ def check_settings(
     for k in ('upside_down', 'blur'):
         if not 0 <= settings.get(k, 0) <= 1:
             raise MarsclrError(f'--{k} {settings[k]:g}: give a probability, 0 to 1')
-    if settings['seed'] >= 2**63:
-        raise MarsclrError(f"--seed {settings['seed']}: give a number below 2**63")
+    check_seed(settings['seed'])
 
 # %% ../../nbs/engine/run_config.ipynb #2df52464
 def check_trainable(
